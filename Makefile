@@ -1,0 +1,47 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`. Both leave .venv/bin/vivace.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types check build format bench-setup clean
+
+demo: $(STAMP)
+	$(BIN)/vivace generate "red heart" "pizza" "rocket" "cat face" "dog face" "tree" "fire" "rainbow" \
+		--n 2 --seed 7 --out demo.png
+	@echo "pictures: demo.png"
+
+test: $(STAMP) lint types
+	VIVACE_REQUIRE_EXT=1 $(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cpp')
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cpp')
+
+# torch first, on its own: no other package may choose or replace it.
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.22" ninja
+	$(BIN)/python -m pip freeze | grep -i '^torch==' > $(VENV)/constraints.txt
+	VIVACE_REQUIRE_EXT=1 $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[torch,dev]"
+	touch $(STAMP)
+
+build: $(STAMP)
+	VIVACE_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace
+
+bench-setup: $(STAMP)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[torch,dev,diffusers,bench]"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/vivace/_C*.so .pytest_cache .mypy_cache .ruff_cache

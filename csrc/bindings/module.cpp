@@ -1,0 +1,127 @@
+// Python's view of the kernels: integers and addresses in, ValueError out. The only file with Python headers.
+// Addresses come from vivace.kernels, which has checked tensors; every number that indexes memory is checked here
+// again.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "core/machine.h"
+#include "ops/copy.h"
+#include "ops/philox_normal.h"
+#include "ops/solver_step.h"
+#include "simd/cpu.h"
+
+namespace py = pybind11;
+
+namespace vivace {
+namespace {
+
+using Ints = std::vector<int64_t>;
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype parse_dtype(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBfloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  fail("dtype ", name, " has no kernel; use float32, bfloat16 or float16");
+}
+
+void check_length(const char* op, const char* name, const Ints& values, size_t wanted) {
+  if (values.size() != wanted) fail(op, ": ", name, " has ", values.size(), " entries for a batch of ", wanted);
+}
+
+void check_address(const char* name, Address address, bool needed) {
+  if (needed && address == 0) fail("solver_step: ", name, " has no memory");
+}
+
+// (address, stride of the sample axis in elements, dtype name) of each network output.
+using BranchTuple = std::tuple<Address, int64_t, std::string>;
+
+void py_solver_step(Address pool, int64_t slots, int64_t capacity, int64_t numel, const std::vector<BranchTuple>& outs,
+                    Address net, const std::string& net_dtype, const std::vector<Address>& tensors, Address ints,
+                    Address floats, int64_t table_rows, const Ints& rows, const Ints& index,
+                    const std::optional<Ints>& seeds, const std::optional<Ints>& pictures, int64_t threads,
+                    int64_t stream_above) {
+  const bool work = numel > 0 && !rows.empty();
+  check_length("solver_step", "index", index, rows.size());
+  if (seeds) check_length("solver_step", "seeds", *seeds, rows.size());
+  if (pictures) check_length("solver_step", "pictures", *pictures, rows.size());
+  check_address("pool", pool, work && slots > 0 && capacity > 0);
+  check_address("the table", ints, table_rows > 0);
+  check_address("the table", floats, table_rows > 0);
+  std::vector<Branch> branches;
+  for (const auto& [address, stride, dtype] : outs) {
+    check_address("a network output", address, work);
+    branches.push_back({pointer<void>(address), stride, parse_dtype(dtype)});
+  }
+  std::vector<const float*> sidecar;
+  for (const Address address : tensors) {
+    check_address("a tensor", address, work);
+    sidecar.push_back(pointer<float>(address));
+  }
+  const SolverStepArgs args{pointer<float>(pool),
+                            slots,
+                            capacity,
+                            numel,
+                            branches.data(),
+                            static_cast<int64_t>(branches.size()),
+                            pointer<void>(net),
+                            parse_dtype(net_dtype),
+                            sidecar.data(),
+                            static_cast<int64_t>(sidecar.size()),
+                            pointer<int32_t>(ints),
+                            pointer<float>(floats),
+                            table_rows,
+                            rows.data(),
+                            index.data(),
+                            static_cast<int64_t>(rows.size()),
+                            seeds ? seeds->data() : nullptr,
+                            pictures ? pictures->data() : nullptr,
+                            threads,
+                            stream_above};
+  const py::gil_scoped_release unlocked;
+  solver_step(args);
+}
+
+void py_philox_normal(Address out, int64_t numel, const Ints& seeds, const Ints& pictures, int64_t draw,
+                      int64_t threads) {
+  check_length("philox_normal", "pictures", pictures, seeds.size());
+  const py::gil_scoped_release unlocked;
+  philox_normal(pointer<float>(out), static_cast<int64_t>(seeds.size()), numel, seeds.data(), pictures.data(), draw,
+                threads);
+}
+
+}  // namespace
+}  // namespace vivace
+
+PYBIND11_MODULE(_C, module) {
+  using namespace vivace;
+  module.doc() = "Compiled kernels of Vivace: see vivace.kernels for the functions meant to be called.";
+  module.def("isa", [] { return std::string(kernels().name); });
+  module.def("available_isas", &available_isas);
+  module.def("usable_processors", &usable_processors);
+  module.def("last_level_cache_bytes", &last_level_cache_bytes);
+  module.def("solver_step", &py_solver_step, py::kw_only(), py::arg("pool"), py::arg("slots"), py::arg("capacity"),
+             py::arg("numel"), py::arg("outs"), py::arg("net"), py::arg("net_dtype"), py::arg("tensors"),
+             py::arg("ints"), py::arg("floats"), py::arg("table_rows"), py::arg("rows"), py::arg("index"),
+             py::arg("seeds"), py::arg("pictures"), py::arg("threads"), py::arg("stream_above") = -1);
+  module.def("philox_normal", &py_philox_normal, py::arg("out"), py::arg("numel"), py::arg("seeds"),
+             py::arg("pictures"), py::arg("draw"), py::arg("threads"));
+  const auto copy = [](auto function) {
+    return [function](Address dst, Address src, int64_t bytes, int64_t threads) {
+      const py::gil_scoped_release unlocked;
+      function(pointer<void>(dst), pointer<void>(src), bytes, threads);
+    };
+  };
+  module.def("copy_memcpy", copy(&copy_memcpy), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
+  module.def("copy_stream", copy(&copy_stream), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
+}

@@ -1,0 +1,12 @@
+// Element types a kernel may meet. C headers only: files compiled with wider instruction sets include this.
+#pragma once
+
+#include <stdint.h>
+
+namespace vivace {
+
+enum class Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+constexpr int64_t dtype_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+}  // namespace vivace

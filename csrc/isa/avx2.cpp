@@ -1,0 +1,16 @@
+// Every kernel for the avx2 instruction set; see the one-definition warning in simd/vec.h.
+#define VV_ISA VV_AVX2
+#include "simd/vec.h"
+#include "ops/philox_normal.h"
+#include "ops/solver_step.h"
+#include "simd/kernels.h"
+
+#include "ops/copy.inl"
+#include "ops/philox_normal.inl"
+#include "ops/solver_step.inl"
+
+namespace vivace::VV_NAMESPACE {
+
+extern const Kernels kKernels = {"avx2", kBlock, step_span, normal_span, copy_stream};
+
+}  // namespace vivace::VV_NAMESPACE

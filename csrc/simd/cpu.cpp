@@ -1,0 +1,48 @@
+#include "simd/cpu.h"
+
+#include <cstdlib>
+
+#include "core/error.h"
+
+namespace vivace {
+namespace {
+
+std::vector<const Kernels*> available_tables() {
+  std::vector<const Kernels*> tables{&scalar::kKernels};
+#ifdef VIVACE_X86
+  __builtin_cpu_init();  // the supports checks include the operating system's saving of wide registers
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) tables.push_back(&avx2::kKernels);
+  if (__builtin_cpu_supports("avx512f")) tables.push_back(&avx512::kKernels);
+#endif
+  return tables;
+}
+
+const Kernels& choose() {
+  const auto tables = available_tables();
+  const char* wanted = std::getenv("VIVACE_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *tables.back();
+  std::string names;
+  for (const Kernels* table : tables) {
+    if (std::string(wanted) == table->name) return *table;
+    names += (names.empty() ? "" : ", ") + std::string(table->name);
+  }
+  const std::string name(wanted);
+  const bool known = name == "avx2" || name == "avx512";
+  fail("VIVACE_CPU_ISA=", name, known ? ": this build or processor cannot run it" : ": no such instruction set",
+       "; use one of ", names, " or unset it");
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* table : available_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();  // tried again on the next call when it throws
+  return chosen;
+}
+
+}  // namespace vivace

@@ -1,0 +1,31 @@
+// The dispatch table: one entry a kernel, one table an instruction set (csrc/isa/*.cpp), chosen once at run time.
+#pragma once
+
+#include <stdint.h>
+
+namespace vivace {
+
+struct StepProgram;
+
+struct Kernels {
+  const char* name;
+  int64_t block;  // elements a vectorised block covers; spans between threads are cut at multiples of it
+  // Elements [begin, end) of one sample of the solver step.
+  void (*step_span)(const StepProgram& program, int64_t begin, int64_t end);
+  // Normals [begin, end) of one sample into out[begin..end); begin is a multiple of 4.
+  void (*normal_span)(float* out, int64_t begin, int64_t end, uint64_t seed, uint32_t picture, uint32_t draw);
+  // Copies bytes with non-temporal stores; the roofline that benches compare with.
+  void (*copy_stream)(void* dst, const void* src, int64_t bytes);
+};
+
+namespace scalar {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+}  // namespace vivace

@@ -1,0 +1,100 @@
+// Eight lanes: AVX2 and F16C. No FMA on purpose: products and sums are rounded separately.
+#pragma once
+
+#include <immintrin.h>
+
+namespace vivace::avx2 {
+
+constexpr int kLanes = 8;
+struct F {
+  __m256 x;
+};
+struct U {
+  __m256i x;
+};
+
+VV_INLINE F set1(float x) { return {_mm256_set1_ps(x)}; }
+VV_INLINE U set1u(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+VV_INLINE U bits(F a) { return {_mm256_castps_si256(a.x)}; }
+VV_INLINE F from_bits(U a) { return {_mm256_castsi256_ps(a.x)}; }
+
+VV_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.x, b.x)}; }
+VV_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.x, b.x)}; }
+VV_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.x, b.x)}; }
+VV_INLINE F sqrt(F a) { return {_mm256_sqrt_ps(a.x)}; }
+VV_INLINE F clamp(F y, F low, F high) { return {_mm256_min_ps(high.x, _mm256_max_ps(low.x, y.x))}; }
+
+VV_INLINE U operator+(U a, U b) { return {_mm256_add_epi32(a.x, b.x)}; }
+VV_INLINE U operator-(U a, U b) { return {_mm256_sub_epi32(a.x, b.x)}; }
+VV_INLINE U operator&(U a, U b) { return {_mm256_and_si256(a.x, b.x)}; }
+VV_INLINE U operator^(U a, U b) { return {_mm256_xor_si256(a.x, b.x)}; }
+template <int N>
+VV_INLINE U shift_left(U a) {
+  return {_mm256_slli_epi32(a.x, N)};
+}
+template <int N>
+VV_INLINE U shift_right(U a) {
+  return {_mm256_srli_epi32(a.x, N)};
+}
+template <int N>
+VV_INLINE U shift_right_signed(U a) {
+  return {_mm256_srai_epi32(a.x, N)};
+}
+VV_INLINE void mul_wide(U a, U b, U& high, U& low) {
+  const __m256i even = _mm256_mul_epu32(a.x, b.x);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.x, 32), _mm256_srli_epi64(b.x, 32));
+  high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
+  low = {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+}
+VV_INLINE F to_float_signed(U a) { return {_mm256_cvtepi32_ps(a.x)}; }
+// Two exact halves and one rounded addition: the same as one rounded conversion.
+VV_INLINE F to_float_unsigned(U a) {
+  const F high = to_float_signed(shift_right<16>(a)) * set1(65536.0f);
+  return high + to_float_signed(a & set1u(0xffffu));
+}
+VV_INLINE F select_odd(U odd, F a, F b) {
+  return {_mm256_blendv_ps(a.x, b.x, _mm256_castsi256_ps(_mm256_slli_epi32(odd.x, 31)))};
+}
+
+VV_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+VV_INLINE __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+VV_INLINE F load_bf16(const uint16_t* p) {
+  return from_bits({_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(p)), 16)});
+}
+VV_INLINE F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(load_half(p))}; }
+
+VV_INLINE __m128i to_f16(F a) { return _mm256_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VV_INLINE __m128i to_bf16(F a) {
+  const U x = bits(a);
+  const U rounded = shift_right<16>(x + set1u(0x7fffu) + (shift_right<16>(x) & set1u(1)));
+  const __m256i quiet = _mm256_or_si256(shift_right<16>(x).x, set1u(0x40u).x);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));
+  const __m256i words = _mm256_blendv_epi8(rounded.x, quiet, nan);
+  const __m256i packed = _mm256_packus_epi32(words, words);  // within 128-bit halves
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+VV_INLINE void store_half(uint16_t* p, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x); }
+VV_INLINE void stream_half(uint16_t* p, __m128i x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), x); }
+
+VV_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.x); }
+VV_INLINE void stream(float* p, F a) { _mm256_stream_ps(p, a.x); }
+VV_INLINE void store_bf16(uint16_t* p, F a) { store_half(p, to_bf16(a)); }
+VV_INLINE void stream_bf16(uint16_t* p, F a) { stream_half(p, to_bf16(a)); }
+VV_INLINE void store_f16(uint16_t* p, F a) { store_half(p, to_f16(a)); }
+VV_INLINE void stream_f16(uint16_t* p, F a) { stream_half(p, to_f16(a)); }
+VV_INLINE void stream_fence() { _mm_sfence(); }
+
+// Lane 4h + q works on counter 2q + h, so that a transpose inside 128-bit halves leaves normals in order.
+VV_INLINE U counter_lanes() { return {_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)}; }
+VV_INLINE void interleave4(F& a, F& b, F& c, F& d) {
+  const __m256d ab0 = _mm256_castps_pd(_mm256_unpacklo_ps(a.x, b.x)),
+                ab1 = _mm256_castps_pd(_mm256_unpackhi_ps(a.x, b.x));
+  const __m256d cd0 = _mm256_castps_pd(_mm256_unpacklo_ps(c.x, d.x)),
+                cd1 = _mm256_castps_pd(_mm256_unpackhi_ps(c.x, d.x));
+  a = {_mm256_castpd_ps(_mm256_unpacklo_pd(ab0, cd0))};
+  b = {_mm256_castpd_ps(_mm256_unpackhi_pd(ab0, cd0))};
+  c = {_mm256_castpd_ps(_mm256_unpacklo_pd(ab1, cd1))};
+  d = {_mm256_castpd_ps(_mm256_unpackhi_pd(ab1, cd1))};
+}
+
+}  // namespace vivace::avx2

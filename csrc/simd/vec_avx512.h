@@ -1,0 +1,94 @@
+// Sixteen lanes: AVX-512F alone. vcvtneps2bf16 is not used: it flushes subnormals, the other sets do not.
+#pragma once
+
+#include <immintrin.h>
+
+namespace vivace::avx512 {
+
+constexpr int kLanes = 16;
+struct F {
+  __m512 x;
+};
+struct U {
+  __m512i x;
+};
+
+VV_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
+VV_INLINE U set1u(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+VV_INLINE U bits(F a) { return {_mm512_castps_si512(a.x)}; }
+VV_INLINE F from_bits(U a) { return {_mm512_castsi512_ps(a.x)}; }
+
+VV_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.x, b.x)}; }
+VV_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.x, b.x)}; }
+VV_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.x, b.x)}; }
+VV_INLINE F sqrt(F a) { return {_mm512_sqrt_ps(a.x)}; }
+VV_INLINE F clamp(F y, F low, F high) { return {_mm512_min_ps(high.x, _mm512_max_ps(low.x, y.x))}; }
+
+VV_INLINE U operator+(U a, U b) { return {_mm512_add_epi32(a.x, b.x)}; }
+VV_INLINE U operator-(U a, U b) { return {_mm512_sub_epi32(a.x, b.x)}; }
+VV_INLINE U operator&(U a, U b) { return {_mm512_and_si512(a.x, b.x)}; }
+VV_INLINE U operator^(U a, U b) { return {_mm512_xor_si512(a.x, b.x)}; }
+template <int N>
+VV_INLINE U shift_left(U a) {
+  return {_mm512_slli_epi32(a.x, N)};
+}
+template <int N>
+VV_INLINE U shift_right(U a) {
+  return {_mm512_srli_epi32(a.x, N)};
+}
+template <int N>
+VV_INLINE U shift_right_signed(U a) {
+  return {_mm512_srai_epi32(a.x, N)};
+}
+VV_INLINE void mul_wide(U a, U b, U& high, U& low) {
+  const __m512i even = _mm512_mul_epu32(a.x, b.x);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.x, 32), _mm512_srli_epi64(b.x, 32));
+  high = {_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
+  low = {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+}
+VV_INLINE F to_float_signed(U a) { return {_mm512_cvtepi32_ps(a.x)}; }
+VV_INLINE F to_float_unsigned(U a) { return {_mm512_cvtepu32_ps(a.x)}; }
+VV_INLINE F select_odd(U odd, F a, F b) {
+  return {_mm512_mask_blend_ps(_mm512_test_epi32_mask(odd.x, _mm512_set1_epi32(1)), a.x, b.x)};
+}
+
+VV_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+VV_INLINE __m256i load_half(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+VV_INLINE F load_bf16(const uint16_t* p) {
+  return from_bits({_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16)});
+}
+VV_INLINE F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(load_half(p))}; }
+
+VV_INLINE __m256i to_f16(F a) { return _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VV_INLINE __m256i to_bf16(F a) {
+  const U x = bits(a);
+  const U rounded = shift_right<16>(x + set1u(0x7fffu) + (shift_right<16>(x) & set1u(1)));
+  const __m512i quiet = _mm512_or_si512(shift_right<16>(x).x, set1u(0x40u).x);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded.x, quiet));
+}
+VV_INLINE void store_half(uint16_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+VV_INLINE void stream_half(uint16_t* p, __m256i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x); }
+
+VV_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.x); }
+VV_INLINE void stream(float* p, F a) { _mm512_stream_ps(p, a.x); }
+VV_INLINE void store_bf16(uint16_t* p, F a) { store_half(p, to_bf16(a)); }
+VV_INLINE void stream_bf16(uint16_t* p, F a) { stream_half(p, to_bf16(a)); }
+VV_INLINE void store_f16(uint16_t* p, F a) { store_half(p, to_f16(a)); }
+VV_INLINE void stream_f16(uint16_t* p, F a) { stream_half(p, to_f16(a)); }
+VV_INLINE void stream_fence() { _mm_sfence(); }
+
+// Lane 4h + q works on counter 4q + h, so that a transpose inside 128-bit quarters leaves normals in order.
+VV_INLINE U counter_lanes() { return {_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)}; }
+VV_INLINE void interleave4(F& a, F& b, F& c, F& d) {
+  const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a.x, b.x)),
+                ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(a.x, b.x));
+  const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c.x, d.x)),
+                cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(c.x, d.x));
+  a = {_mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0))};
+  b = {_mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0))};
+  c = {_mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1))};
+  d = {_mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1))};
+}
+
+}  // namespace vivace::avx512

@@ -1,0 +1,5 @@
+"""Passes: functions Plan -> Plan, verified after each. Order: solver, guidance, precision, cache, tokens, guards."""
+
+from vivace.engine.passes.guidance import apply_guidance
+
+__all__ = ["apply_guidance"]

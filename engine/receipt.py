@@ -1,0 +1,145 @@
+"""What a run did: planned against executed, predicted against measured, and which backend ran what, with the reason."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A stretch of time on the session's clock: ms from its start, ms long; row -1: outside the loop."""
+
+    name: str
+    row: int
+    start_ms: float
+    ms: float
+    batch: int = 1
+
+
+class Timeline:
+    """Stretches of time of one session, without waiting for the device: on CUDA they are device events read at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.origin: Any = self._now()
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()  # type: ignore[no-untyped-call]
+        return event
+
+    @contextmanager
+    def span(self, records: list[Any], name: str, row: int, batch: int = 1) -> Iterator[None]:
+        """Append (name, row, start, end, batch) of the enclosed work to `records`."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            records.append((name, row, start, self._now(), batch))
+
+    def resolve(self, records: list[Any]) -> tuple[Event, ...]:
+        """Records as events in ms; on CUDA this waits for the device once."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return tuple(
+            Event(name, row, self._ms(self.origin, start), self._ms(start, end), batch)
+            for name, row, start, end, batch in records
+        )
+
+    def _ms(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) if self.cuda else (end - start) * 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class KernelUse:
+    """Which backend ran an op, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """One executed row. `batch`: samples that shared its launch; the ms are those of the launch."""
+
+    row: int
+    branches: tuple[str, ...]
+    batch: int
+    network_ms: float
+    step_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a request cost. Milliseconds are wall time (device time on CUDA); memory in bytes.
+
+    peak_memory: of the process (resident) or of the device; pool: the request's share of slots and network input.
+    predicted_ms: from the forwards timed at compile time, None when the model was not timed.
+    """
+
+    plan_hash: str
+    executor: str
+    device: str
+    dtype: str
+    threads: int
+    n: int
+    nfe_planned: int
+    nfe: int
+    branch_evals_planned: int
+    branch_evals: int
+    rows: tuple[RowRecord, ...]
+    phases: dict[str, float]
+    measured_ms: float
+    predicted_ms: float | None
+    peak_memory: int
+    pool: int
+    kernels: tuple[KernelUse, ...]
+    one_by_one: str | None = None
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    events: tuple[Event, ...] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without the raw events."""
+        data = asdict(self)
+        del data["events"]
+        return data
+
+    def __str__(self) -> str:
+        """A short table a person reads."""
+        predicted = "not timed" if self.predicted_ms is None else f"{self.predicted_ms:.0f} ms"
+        lines = [
+            f"plan      {self.plan_hash[:12]}  {self.nfe}/{self.nfe_planned} evaluations, "
+            f"{self.branch_evals}/{self.branch_evals_planned} branch evaluations, {self.n} picture(s)",
+            f"ran on    {self.device} {self.dtype}, executor {self.executor}, {self.threads} thread(s)",
+            f"time      {self.measured_ms:.0f} ms measured, {predicted} predicted: "
+            + ", ".join(f"{name} {ms:.1f}" for name, ms in self.phases.items()),
+            f"row       median {_median([r.network_ms for r in self.rows]):.2f} ms network, "
+            f"{_median([r.step_ms for r in self.rows]):.3f} ms solver step",
+            f"memory    {self.peak_memory / 2**20:.0f} MiB peak, {self.pool / 2**20:.2f} MiB of slots",
+        ]
+        lines += [f"kernel    {use.op}: {use.backend} ({use.reason})" for use in self.kernels]
+        if self.one_by_one:
+            lines.append(f"batching  one sample at a time: {self.one_by_one}")
+        return "\n".join(lines + [f"warning   {text}" for text in self.warnings])
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the CUDA device, or resident of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

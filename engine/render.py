@@ -1,0 +1,168 @@
+"""`print(plan)`: one line per row. The printed form is part of the interface and golden-tested."""
+
+from __future__ import annotations
+
+import difflib
+from math import isinf
+
+from vivace.engine.plan import Affine, AgeRef, Coef, InputRef, Op, Plan, Rule, Step, TensorRef, Variant
+
+HEADER = ("#", "t", "lam", "net", "branches", "blocks", "keep", "ops")
+LETTERS = "CRFI"  # by Action
+_SHORT = {"uncond": "unc", "perturbed": "per"}
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Shortest form at `digits` significant digits, without a leading zero: .98, 4, -1.25e-05."""
+    text = f"{value:.{digits}g}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def render_plan(plan: Plan) -> str:
+    """Head line, start line, and the table of rows."""
+    rows = [HEADER, *(row_cells(i, step, plan) for i, step in enumerate(plan.steps))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*_head(plan), *table])
+
+
+def render_diff(one: Plan, two: Plan, names: tuple[str, str] = ("a", "b")) -> str:
+    """Unified difference of two printouts without column padding; empty when the plans are equal."""
+    if one.hash == two.hash:
+        return ""
+    texts = [[*_head(p), *("  ".join(row_cells(i, step, p)) for i, step in enumerate(p.steps))] for p in (one, two)]
+    return "\n".join(difflib.unified_diff(*texts, *names, lineterm="", n=0))
+
+
+def _head(plan: Plan) -> list[str]:
+    """What is said of the whole plan: where it comes from, what it costs, how it starts."""
+    head = [f"plan {plan.hash[:12]}", _made_by(plan), f"prediction {plan.prediction}", f"nfe {plan.nfe}"]
+    head += [f"branch_evals {plan.branch_evals}", f"variants {len(plan.variants)}"]
+    if plan.binding is None:
+        head.append("unbound")
+    else:
+        b = plan.binding
+        head.append(f"bound {b.fingerprint[:12]} {'x'.join(map(str, b.latent_shape))} {b.blocks} blocks")
+    return [" | ".join(head), "start  " + "; ".join(render_op(op, plan.prediction, None) for op in plan.init)]
+
+
+def row_cells(i: int, step: Step, plan: Plan) -> tuple[str, ...]:
+    """The printed cells of row `i`, in the order of `HEADER`."""
+    lam = ("inf" if step.lam > 0 else "-inf") if isinf(step.lam) else f"{step.lam:.3f}"
+    ops = "; ".join(render_op(op, plan.prediction, step) for op in step.ops)
+    mark = " restart" if step.restart else ""
+    variant = step.variant
+    if variant is None:
+        return str(i), number(step.timestep, 6), lam, "-", "-", "-", "-", ops + mark
+    tokens = None if plan.binding is None else plan.binding.tokens
+    blocks = None if plan.binding is None else plan.binding.blocks
+    keep = number(variant.keep) if tokens is None else f"{variant.keep:.0f}/{tokens}"
+    if variant.selector != "all":
+        keep += f" {variant.selector}"
+    branches = "+".join(_SHORT.get(branch, branch) for branch in variant.branches)
+    cells = (number(step.timestep, 6), lam, _precision(variant), branches, _blocks(variant, blocks), keep)
+    guard = step.guard
+    if guard is not None:
+        mark += f" guard {guard.metric} {guard.rule} {number(guard.threshold)}: {_blocks(guard.otherwise, blocks)}"
+    return (str(i), *cells, ops + mark)
+
+
+def _made_by(plan: Plan) -> str:
+    recipe = plan.recipe
+    if recipe is None:
+        return "made by hand"
+    args = recipe.arguments.to_dict()
+    passes = "".join(f" + {name.removeprefix('apply_')}" for name, _ in recipe.passes)
+    tail = f" tail {number(recipe.tail)}" if recipe.tail != 1.0 else ""
+    return f"{args.get('solver') or args.get('scheduler') or recipe.maker}{tail}{passes}"
+
+
+def _precision(variant: Variant) -> str:
+    said = dict.fromkeys(rule.precision for rule in variant.rules if rule.precision is not None)
+    name = "+".join(said) or "model"
+    return name if variant.model == "main" else f"{variant.model}:{name}"
+
+
+def _blocks(variant: Variant, blocks: int | None) -> str:
+    """Letters, one per block, when bound; the rules themselves while unbound."""
+    rules = [rule for rule in variant.rules if rule.action is not None]
+    if blocks is None:
+        return ",".join(f"{_where(rule)}{LETTERS[rule.action or 0]}{rule.order or ''}" for rule in rules) or "all"
+    letters = ["C"] * blocks
+    sites = []
+    for rule in rules:
+        letter = LETTERS[rule.action or 0]
+        if rule.site == "block" and rule.branches is None:
+            letters[slice(*rule.blocks)] = letter * (rule.blocks[1] - rule.blocks[0])
+        else:
+            sites.append(f"{_where(rule)}{letter}{rule.order or ''}")
+    return ",".join(["".join(letters), *sites])
+
+
+def _where(rule: Rule) -> str:
+    site = "" if rule.site == "block" else f"{rule.site}."
+    branches = "" if rule.branches is None else "+".join(_SHORT.get(b, b) for b in rule.branches) + "."
+    return f"{rule.blocks[0]}:{rule.blocks[1] or ''}{branches and '.' + branches[:-1]}{site and '.' + site[:-1]}="
+
+
+def render_op(op: Op, prediction: str, step: Step | None) -> str:
+    """One op as an assignment; a prediction conversion at the row's own level is named x0(...) or eps(...)."""
+    if not isinstance(op, Affine):
+        params = ",".join(f"{name}={_coef(coef)}" for name, coef in op.params)
+        return f"{op.slot}={op.kind}({','.join((op.slot, *op.reads))};{params})"
+    at = "" if op.at is None else f"@{op.at}"
+    return f"{op.dst}{at}={_conversion(op, prediction, step) or _sum(op)}"
+
+
+def conversion(prediction: str, alpha: float, sigma: float, target: str) -> tuple[float, float] | None:
+    """(coefficient of x, coefficient of the prediction) that give `target` ("x0" or "eps"); None where undefined."""
+    if prediction == target:
+        return 0.0, 1.0
+    if target == "x0":
+        if prediction == "eps":
+            return (1 / alpha, -sigma / alpha) if alpha else None
+        total = alpha * alpha + sigma * sigma
+        return (alpha / total, -sigma / total) if prediction == "v" else (1 / (alpha + sigma), -sigma / (alpha + sigma))
+    if prediction == "x0":
+        return (1 / sigma, -alpha / sigma) if sigma else None
+    total = alpha * alpha + sigma * sigma
+    return (sigma / total, alpha / total) if prediction == "v" else (1 / (alpha + sigma), alpha / (alpha + sigma))
+
+
+def _conversion(op: Affine, prediction: str, step: Step | None) -> str:
+    if step is None or op.at is not None or not op.terms:
+        return ""
+    terms = dict(op.terms)
+    others = [slot for slot in terms if slot != step.x]
+    if len(op.terms) not in (1, 2) or len(others) != 1 or (len(op.terms) == 2 and step.x not in terms):
+        return ""
+    for target in ("x0", "eps"):
+        want = conversion(prediction, step.alpha, step.sigma, target)
+        got = (terms.get(step.x, 0.0), terms[others[0]])
+        if want is None or prediction == target:
+            continue
+        if all(isinstance(g, float) and abs(g - w) <= 1e-12 * (1 + abs(w)) for g, w in zip(got, want, strict=True)):
+            return f"{target}({others[0]})"
+    return ""
+
+
+def _sum(op: Affine) -> str:
+    text = ""
+    for slot, coef in op.terms:
+        if isinstance(coef, float):
+            value = number(coef).lstrip("-")
+            sign = "-" if coef < 0 else "+"
+            text += f"{sign}{'' if value == '1' else value}{_SHORT.get(slot, slot)}"
+        else:
+            text += f"+{_coef(coef)}*{_SHORT.get(slot, slot)}"
+    return text.removeprefix("+") or "0"
+
+
+def _coef(coef: Coef) -> str:
+    if isinstance(coef, TensorRef):
+        return f"[{coef.key}]"
+    if isinstance(coef, InputRef):
+        return f"{{{coef.name}{'' if coef.default is None else '=' + number(coef.default)}}}"
+    if isinstance(coef, AgeRef):
+        return f"age({','.join(number(value) for value in coef.values)})"
+    return number(coef)

@@ -1,0 +1,41 @@
+"""Solvers: functions from a grid to rows of float64 coefficients, none with a loop over a network.
+
+A solver is `solver(grid, prediction, *, option=default, ...) -> tuple[Step, ...]`: its keyword arguments are its options.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vivace.engine.plan import Step
+from vivace.engine.solvers.ddim import ddim
+from vivace.engine.solvers.dpmpp import dpmpp_2m
+from vivace.engine.solvers.flow_euler import flow_euler
+from vivace.engine.solvers.unipc import unipc
+from vivace.engine.timesteps import Grid, choose
+
+__all__ = ["SOLVERS", "solver_options", "solver_rows"]
+
+SOLVERS: Mapping[str, Callable[..., tuple[Step, ...]]] = {
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "flow_euler": flow_euler,
+    "unipc": unipc,
+}
+
+
+def solver_options(name: str) -> dict[str, Any]:
+    """Options of a solver with their defaults. Raises ArgumentError for an unknown solver."""
+    solver = SOLVERS[choose("solver", name, tuple(SOLVERS))]
+    parameters = inspect.signature(solver).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def solver_rows(name: str, grid: Grid, prediction: str, options: Mapping[str, Any]) -> tuple[Step, ...]:
+    """The rows of solver `name` on a grid. Raises ArgumentError for an unknown solver, option or option value."""
+    known = tuple(solver_options(name))
+    for option in options:
+        choose(f"{name}: option", option, known)
+    return SOLVERS[name](grid, prediction, **options)

@@ -1,0 +1,97 @@
+"""The fused solver step: guidance, conversion, the affine update and the history write of a row in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vivace.kernels.solver_step.table import Output, StepTable, build_row, build_table
+from vivace.kernels.spec import Case, OpSpec, choose, load, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Output", "StepTable", "build_row", "build_table", "solver_step"]
+
+
+def solver_step(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    rows: Any,
+    index: Any,
+    *,
+    net: Tensor | None = None,
+    tensors: Sequence[Tensor] = (),
+    seeds: Any = None,
+    pictures: Any = None,
+    backend: str | None = None,
+) -> None:
+    """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), per sample.
+
+    Sample b runs row r = rows[b] of the table on lane index[b] of the pool; samples may run different rows. Per element,
+    every source is read before any y is written, so a destination may be a source. A source whose coefficients in the
+    row are all 0 is not read, a term with coefficient 0 adds nothing (NaN there stays there), NaN passes the clamp.
+    Each product (source by scale, then by coefficient) and each sum is rounded on its own, in the dtype of the pool, j
+    ascending, then l ascending: every backend gives the same bits in float32, noise aside.
+
+    Args:
+        pool: the state, float32 [S, capacity, *L], contiguous; slots in a row's codes index S. Written in place.
+            float64 runs in the reference only.
+        outs: network outputs by branch, each [B, *L], float32 | bfloat16 | float16 (float64 with a float64 pool); the
+            sample axis may have any stride, a sample that is not contiguous is copied first.
+        table: rows as data, on the device of the pool, numbers in its dtype; a numpy table is copied there every call.
+            Layout: `solver_step.table`.
+        rows, index: row and lane of each sample, int64 or int32 [B], on the host (tensor, numpy array or list) or on
+            the device; lanes must differ. What is on the device is not checked, so that nothing waits for it.
+        net: network-input plane [capacity, *L], contiguous, any of the dtypes of `outs`; rounded to nearest even.
+            Needed when a row writes it.
+        tensors: side-car tensors, each [*L], contiguous, dtype of the pool.
+        seeds, pictures: 64-bit request seed (as int64 bits) and picture number per sample, int64 [B]. Needed when a row
+            reads noise; element i of draw k is `philox_normal(..., seeds, pictures, k)`.
+        backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
+    Returns: nothing; `pool` and `net` are written at the lanes of the samples.
+    Raises: ShapeError, DtypeError, ArgumentError (rows, lanes, missing inputs), BackendError.
+    Source: the merged row of Zhao et al. 2023 (UniPC), section 3.7 of the solver notes; Ho and Salimans 2022, eq. 6.
+    """
+    from vivace.kernels.solver_step.check import prepare
+
+    call = prepare(pool, outs, table, rows, index, net, tensors, seeds, pictures)
+    choice = choose(SPEC, pool.device.type, str(pool.dtype)[6:], backend)
+    load(SPEC, choice.backend)(
+        pool, call.outs, call.table, call.rows, call.index, net=net, tensors=tensors, seeds=call.seeds, pictures=call.pictures
+    )  # fmt: skip
+
+
+def _cases() -> tuple[Case, ...]:
+    from vivace.kernels.solver_step.cases import cases
+
+    return cases()
+
+
+def _bytes_moved(*args: Any, **kwargs: Any) -> int:
+    from vivace.kernels.solver_step.cost import bytes_moved
+
+    return bytes_moved(*args, **kwargs)
+
+
+def _flops(*args: Any, **kwargs: Any) -> int:
+    from vivace.kernels.solver_step.cost import flops
+
+    return flops(*args, **kwargs)
+
+
+SPEC = register(
+    OpSpec(
+        name="solver_step",
+        reference="vivace.kernels.solver_step.reference",
+        impls={
+            "cpu": "vivace.kernels.solver_step.cpu_impl",
+            "triton": "vivace.kernels.solver_step.triton_impl",
+        },
+        cases=_cases,
+        tolerance=0.0,
+        bytes_moved=_bytes_moved,
+        flops=_flops,
+    )
+)

@@ -1,0 +1,57 @@
+"""`solver_step` on the CPU: csrc/ops/solver_step.*, one pass over memory with AVX-512, AVX2 or plain C++."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vivace import _C
+from vivace.kernels.philox_normal.cpu_impl import chosen_isa
+from vivace.kernels.solver_step.table import StepTable
+
+
+def why_not(device: str, dtype: str) -> str | None:
+    """Why this cannot run on tensors of `device` with a pool of `dtype`; None when it can."""
+    chosen_isa()
+    if device != "cpu":
+        return f"it runs CPU tensors, these are on {device}"
+    return None if dtype == "float32" else f"{dtype} runs on the reference"
+
+
+def solver_step(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    rows: Tensor,
+    index: Tensor,
+    *,
+    net: Tensor | None = None,
+    tensors: Sequence[Tensor] = (),
+    seeds: Tensor | None = None,
+    pictures: Tensor | None = None,
+) -> None:
+    """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass.
+
+    Uses at most `torch.get_num_threads()` threads of the extension's own pool; the bits do not depend on them.
+    """
+    _C.solver_step(
+        pool=pool.data_ptr(),
+        slots=pool.shape[0],
+        capacity=pool.shape[1],
+        numel=math.prod(pool.shape[2:]),
+        outs=[(out.data_ptr(), out.stride(0), str(out.dtype)[6:]) for out in outs],
+        net=0 if net is None else net.data_ptr(),
+        net_dtype="float32" if net is None else str(net.dtype)[6:],
+        tensors=[tensor.data_ptr() for tensor in tensors],
+        ints=table.ints.data_ptr(),
+        floats=table.floats.data_ptr(),
+        table_rows=len(table),
+        rows=rows.tolist(),
+        index=index.tolist(),
+        seeds=None if seeds is None else seeds.tolist(),
+        pictures=None if pictures is None else pictures.tolist(),
+        threads=torch.get_num_threads(),
+    )

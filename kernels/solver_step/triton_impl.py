@@ -1,0 +1,203 @@
+"""`solver_step` on a GPU: one kernel, one program per (block of elements, sample).
+
+A program reads its row's codes and numbers as scalars, then loads every source it needs, sums, and writes. A load is
+masked by "element < limit" with a limit of 0 for what the row does not read: no branch, no traffic. What never occurs in
+a table is left out when the kernel is compiled (`Facts.kinds`). Fusion is off, so float32 has the reference's bits.
+
+Side-car tensors come as an array of addresses, made once for a set of tensors and kept; network outputs change every
+call and come as pointers of their own. Neither copies a tensor nor waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vivace.kernels.philox_normal import triton_impl as philox
+from vivace.kernels.philox_normal.triton_impl import normal_block, on_device
+from vivace.kernels.solver_step import table as codes
+from vivace.kernels.solver_step.table import StepTable
+
+BLOCK = 512  # elements a program handles: four a thread, 16 bytes of float32; a multiple of 4
+WARPS = 4
+
+_OUT, _NET, _TENSOR, _NOISE = (tl.constexpr(c) for c in (codes.OUT, codes.NET, codes.TENSOR, codes.NOISE))
+_INTS, _FLOATS, _SOURCES = (tl.constexpr(c) for c in (codes.INTS, codes.FLOATS, codes.SOURCES))
+_SOURCE_AT, _SCALE_AT, _TO_AT = (tl.constexpr(c) for c in (codes.SOURCE_AT, codes.SCALE_AT, codes.DESTINATION_AT))
+_PREV_AT, _LOW_AT, _HIGH_AT = (tl.constexpr(c) for c in (codes.PREV_AT, codes.LOW_AT, codes.HIGH_AT))
+_ROW_OUTPUTS = tl.constexpr(codes.OUTPUTS)
+_FROM_POOL, _FROM_TENSOR = tl.constexpr(codes.FROM_POOL), tl.constexpr(codes.FROM_TENSOR)
+_FROM_OUT, _FROM_NOISE = tl.constexpr(codes.FROM_OUT), tl.constexpr(codes.FROM_NOISE)
+
+
+def why_not(device: str, dtype: str) -> str | None:
+    """Why this cannot run on tensors of `device` with a pool of `dtype`; None when it can."""
+    return philox.why_not(device, dtype) or (None if dtype == "float32" else f"its pool is float32, this one is {dtype}")
+
+
+def solver_step(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    rows: Tensor,
+    index: Tensor,
+    *,
+    net: Tensor | None = None,
+    tensors: Sequence[Tensor] = (),
+    seeds: Tensor | None = None,
+    pictures: Tensor | None = None,
+) -> None:
+    """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass."""
+    batch, size = len(rows), math.prod(pool.shape[2:])
+    facts = table.facts
+    if not batch or not size or not facts.outputs:
+        return
+    rows, index = (t.to(pool.device, non_blocking=True) for t in (rows, index))
+    if facts.noise and seeds is not None and pictures is not None:
+        seeds, pictures = (t.to(pool.device, non_blocking=True) for t in (seeds, pictures))
+    else:
+        seeds = pictures = None
+    addresses = tuple(tensor.data_ptr() for tensor in tensors[: facts.tensors])
+    outs = tuple(outs[: facts.branches]) or (pool[0],)
+    with on_device(pool.device):
+        _solver_step[triton.cdiv(size, BLOCK), batch](
+            pool,
+            outs,
+            tuple(out.stride(0) for out in outs),
+            net if facts.net else None,
+            _on_device(addresses, pool.device) if addresses else None,
+            table.ints,
+            table.floats,
+            rows,
+            index,
+            seeds,
+            pictures,
+            size,
+            pool.stride(0),
+            KINDS=facts.kinds,
+            SCALES=tuple(kind // codes.SCALED_BY_POOL for kind in facts.kinds),
+            OUTPUTS=facts.outputs,
+            ALIGNED=all(address % 16 == 0 for address in addresses),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+@lru_cache(maxsize=256)
+def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """The addresses as int64 in device memory. Copied once per set of tensors: run a step before capturing a graph."""
+    return torch.tensor(addresses, dtype=torch.int64).to(device)
+
+
+@triton.jit
+def _solver_step(  # type: ignore[no-untyped-def]
+    pool,
+    outs,  # tuple of pointers, one a branch
+    out_strides,  # elements between samples, one a branch
+    net,
+    tensors,  # addresses of side-car tensors
+    ints,
+    floats,
+    rows,
+    index,
+    seeds,
+    pictures,
+    size,
+    slot_stride,
+    KINDS: tl.constexpr,  # where sources come from, bits by position
+    SCALES: tl.constexpr,  # where their scales come from, the same bits
+    OUTPUTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    N: tl.constexpr = len(KINDS)
+    sample = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    lane = tl.load(index + sample).to(tl.int64)
+    row = tl.load(rows + sample).to(tl.int64)
+    ints += row * _INTS
+    floats += row * _FLOATS
+    state = pool + lane * size  # slot 0 of this sample
+    n, m = tl.load(ints), tl.load(ints + 1)
+    seed, picture = 0, 0
+    if seeds is not None:
+        seed, picture = tl.load(seeds + sample), tl.load(pictures + sample)
+
+    # The row: codes, and for every source how many elements are read (all or none).
+    source, scale, limit, coef = (), (), (), ()
+    for j in tl.static_range(N):
+        source = source + (tl.load(ints + _SOURCE_AT + j),)
+        scale = scale + (tl.load(ints + _SCALE_AT + j),)
+        used = n < 0
+        for k in tl.static_range(OUTPUTS):
+            c = tl.load(floats + k * _SOURCES + j, mask=(j < n) & (k < m), other=0.0)
+            used = used | (c != 0.0)
+            coef = coef + (c,)
+        limit = limit + (tl.where(used, size, 0),)
+
+    values = ()
+    for j in tl.static_range(N):
+        value = _read(source[j], limit[j], state, slot_stride, tensors, element, KINDS[j], ALIGNED, BLOCK)
+        if _FROM_OUT & KINDS[j]:
+            for b in tl.static_range(len(outs)):
+                here = tl.where(source[j] == _OUT + b, limit[j], 0)
+                out = tl.load(outs[b] + sample * out_strides[b] + element, mask=element < here, other=0.0)
+                value = tl.where(here > 0, out.to(tl.float32), value)
+        if _FROM_NOISE & KINDS[j]:
+            if (source[j] >= _NOISE) & (limit[j] > 0):
+                value = normal_block(seed, picture, source[j] - _NOISE, first, BLOCK)
+        if SCALES[j] > 0:
+            value *= _read(scale[j], limit[j], state, slot_stride, tensors, element, SCALES[j], ALIGNED, BLOCK)
+        values = values + (value,)
+
+    results = ()
+    for k in tl.static_range(OUTPUTS):
+        total = tl.full([BLOCK], -0.0, tl.float32)  # -0 + x is x, bit for bit
+        empty = n >= 0
+        for j in tl.static_range(N):
+            c = coef[j * OUTPUTS + k]
+            total = tl.where(c != 0.0, total + c * values[j], total)
+            empty = empty & (c == 0.0)
+        for l in tl.static_range(k):
+            p = tl.load(floats + _PREV_AT + k * _ROW_OUTPUTS + l, mask=k < m, other=0.0)
+            total = tl.where(p != 0.0, total + p * results[l], total)
+            empty = empty & (p == 0.0)
+        total = tl.where(empty, 0.0, total)
+        low, high = tl.load(floats + _LOW_AT + k), tl.load(floats + _HIGH_AT + k)
+        total = tl.where(total < low, low, total)  # false for NaN, which passes
+        results = results + (tl.where(total > high, high, total),)
+
+    tl.debug_barrier()  # loads and stores may spread elements over threads differently: all reads come before any write
+    for k in tl.static_range(OUTPUTS):
+        to = tl.load(ints + _TO_AT + k)
+        here = tl.where((k < m) & (to < _OUT), size, 0)
+        tl.store(state + to.to(tl.int64) * slot_stride + element, results[k], mask=element < here)
+        if net is not None:
+            here = tl.where((k < m) & (to == _NET), size, 0)
+            tl.store(net + lane * size + element, results[k].to(net.dtype.element_ty), mask=element < here)
+
+
+@triton.jit
+def _read(  # type: ignore[no-untyped-def]
+    code, limit, state, slot_stride, tensors, element, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A pool slot or a side-car tensor, whichever `code` names; ones where it names neither or nothing is read."""
+    value = tl.full([BLOCK], 1.0, tl.float32)
+    if _FROM_POOL & KIND:
+        here = tl.where((code >= 0) & (code < _OUT), limit, 0)
+        value = tl.load(state + code.to(tl.int64) * slot_stride + element, mask=element < here, other=value)
+    if _FROM_TENSOR & KIND:
+        here = tl.where((code >= _TENSOR) & (code < _NOISE), limit, 0)
+        base = tl.load(tensors + (code - _TENSOR), mask=here > 0, other=0).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            base = tl.multiple_of(base, 16)
+        value = tl.load(base + element, mask=element < here, other=value)
+    return value

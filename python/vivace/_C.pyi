@@ -1,0 +1,33 @@
+"""Compiled kernels: addresses and integers in, ValueError for a number that would reach outside. See vivace.kernels."""
+
+from collections.abc import Sequence
+
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def usable_processors() -> int: ...
+def last_level_cache_bytes() -> int: ...
+def solver_step(
+    *,
+    pool: int,
+    slots: int,
+    capacity: int,
+    numel: int,
+    outs: Sequence[tuple[int, int, str]],
+    net: int,
+    net_dtype: str,
+    tensors: Sequence[int],
+    ints: int,
+    floats: int,
+    table_rows: int,
+    rows: Sequence[int],
+    index: Sequence[int],
+    seeds: Sequence[int] | None,
+    pictures: Sequence[int] | None,
+    threads: int,
+    stream_above: int = -1,
+) -> None: ...
+def philox_normal(
+    out: int, numel: int, seeds: Sequence[int], pictures: Sequence[int], draw: int, threads: int
+) -> None: ...
+def copy_memcpy(dst: int, src: int, bytes: int, threads: int) -> None: ...
+def copy_stream(dst: int, src: int, bytes: int, threads: int) -> None: ...

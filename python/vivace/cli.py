@@ -1,0 +1,287 @@
+"""The `vivace` command. With --json, stdout is exactly one JSON object; progress and messages go to stderr.
+
+Exit code 0 when done, 2 for a mistake of the caller (one clear line), 1 for a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vivace.errors import ArgumentError, VivaceError
+
+app = typer.Typer(
+    name="vivace",
+    help="Run, profile and inspect diffusion models through sampling plans.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Make, read, compare and check plans.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Model = Annotated[str, typer.Option(help="Bundled model name, or a diffusers DiT folder.")]
+Solver = Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc or flow_euler; default: the model card's.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the solver; default: the model card's.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model card's. 1 = off.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.", min=1)]
+Backend = Annotated[str, typer.Option(help="Executor: auto or eager.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one or more.")],
+    model: Model = "emoji",
+    solver: Solver = None,
+    steps: Steps = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
+    guidance: Guidance = None,
+    n: Annotated[int, typer.Option("--n", help="Pictures per prompt.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed; picture j of a prompt is picture j of the seed.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("vivace.png"),
+    backend: Backend = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Pictures to a PNG: one picture without border, several as a grid; with a receipt."""
+    from vivace.models.generate import generate_pictures
+
+    data, text = generate_pictures(
+        prompts,
+        model=model,
+        solver=solver,
+        steps=steps,
+        plan=plan,
+        guidance=guidance,
+        n=n,
+        seed=seed,
+        out=out,
+        backend=backend,
+        threads=threads,
+    )
+    _print(data, text, as_json)
+
+
+@plan_app.command("new")
+def plan_new(
+    out: Annotated[Path | None, typer.Option(help="JSON file to write; without it the plan is only printed.")] = None,
+    model: Model = "emoji",
+    scheduler: Annotated[Path | None, typer.Option(help="A scheduler_config.json: the plan that it would run.")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    grid: Annotated[str | None, typer.Option(help="uniform, linspace, leading, trailing, logsnr or karras.")] = None,
+    final: Annotated[str, typer.Option(help="Noise level of the result: zero or sigma_min.")] = "zero",
+    option: Annotated[list[str] | None, typer.Option(help="Solver option, name=value; repeatable.")] = None,
+    guidance: Guidance = None,
+    interval: Annotated[str, typer.Option(help="Share of rows that are guided, a:b with 0 = noise end.")] = "0:1",
+    bind: Annotated[bool, typer.Option("--bind", help="Bind the plan to the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a plan and print it; with --out also write it."""
+    from vivace.engine.passes import apply_guidance
+    from vivace.engine.plan import Plan
+    from vivace.models.load import open_model
+    from vivace.models.pipe import default_plan
+
+    if scheduler is None:
+        made = default_plan(
+            open_model(model), solver, steps, guidance, grid=grid, final=final, options=_options(option),
+            interval=_interval(interval),
+        )  # fmt: skip
+    else:
+        if solver or grid or option:
+            raise ArgumentError("plan new: --scheduler decides solver, grid and options; drop them")
+        made = Plan.from_diffusers(_read_json(scheduler), 20 if steps is None else steps)
+        if guidance is not None and guidance != 1.0:
+            made = apply_guidance(made, guidance, interval=_interval(interval))
+    if bind:
+        made = made.bind(open_model(model).spec)
+    if out is not None:
+        made.save(out)
+    _print({"plan": _summary(made), "path": None if out is None else str(out)}, str(made), as_json)
+
+
+@plan_app.command("show")
+def plan_show(path: Annotated[Path, typer.Argument(help="Plan file.")], as_json: Json = False) -> None:
+    """Print a plan: one line per network evaluation."""
+    from vivace.engine.plan import Plan
+
+    plan = Plan.load(path)
+    _print({"plan": _summary(plan)}, str(plan), as_json)
+
+
+@plan_app.command("diff")
+def plan_diff(
+    one: Annotated[Path, typer.Argument(help="Plan file.")],
+    two: Annotated[Path, typer.Argument(help="Plan file.")],
+    as_json: Json = False,
+) -> None:
+    """What differs between the printouts of two plans; nothing when they are equal."""
+    from vivace.engine.plan import Plan
+    from vivace.engine.render import render_diff
+
+    a, b = Plan.load(one), Plan.load(two)
+    text = render_diff(a, b, (str(one), str(two)))
+    equal = a.hash == b.hash
+    data = {"equal": equal, "hashes": [a.hash, b.hash], "diff": text.splitlines()}
+    _print(data, "the plans are equal" if equal else text, as_json)
+
+
+@plan_app.command("validate")
+def plan_validate(
+    path: Annotated[Path, typer.Argument(help="Plan file.")],
+    model: Annotated[str | None, typer.Option(help="Also bind it to this model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a plan file: format, side-car, legality, and with --model that it binds."""
+    from vivace.engine.plan import Plan
+    from vivace.models.load import open_model
+
+    plan = Plan.load(path)
+    if model is not None:
+        plan = plan.bind(open_model(model).spec)
+    text = f"{path}: legal, {plan.nfe} evaluations, hash {plan.hash[:12]}" + (f", binds to {model}" if model else "")
+    _print({"valid": True, "plan": _summary(plan)}, text, as_json)
+
+
+@app.command()
+def profile(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")] = "red heart",
+    model: Model = "emoji",
+    solver: Solver = None,
+    steps: Steps = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
+    guidance: Guidance = None,
+    n: Annotated[int, typer.Option("--n", help="Pictures in the batch.", min=1)] = 1,
+    trace: Annotated[Path | None, typer.Option(help="Chrome / Perfetto trace to write (JSON).")] = None,
+    top: Annotated[int, typer.Option(help="Kernels listed.", min=1)] = 12,
+    backend: Backend = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Where the time goes: per phase, row and kernel."""
+    from vivace.models.load import load
+    from vivace.models.pipe import choose_plan
+    from vivace.profile import profile_request
+
+    pipe = load(model)
+    chosen = choose_plan(pipe, plan, solver, steps, guidance)
+    report = profile_request(pipe.compile(chosen, backend=backend, threads=threads), prompt, n=n, trace=trace)
+    _print(report.to_dict(top), report.table(top), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has and which backend each kernel will use, with the reason."""
+    from vivace.profile.doctor import examine
+
+    found = examine()
+    _print(found.to_dict(), str(found), as_json)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="kernels")],
+    op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
+    claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure, side by side with peers; every speed row carries its quality."""
+    from vivace.bench import render, run
+
+    data = run(suite, op=op, claim=claim, quick=quick)
+    _print(data, render(data), as_json)
+
+
+def _summary(plan: Any) -> dict[str, Any]:
+    return {
+        "hash": plan.hash,
+        "prediction": plan.prediction,
+        "rows": len(plan.steps),
+        "nfe": plan.nfe,
+        "branch_evals": plan.branch_evals,
+        "variants": len(plan.variants),
+        "bound": plan.binding is not None,
+        "inputs": [ref.name for ref in plan.inputs],
+        "timesteps": [step.timestep for step in plan.steps],
+        "text": str(plan).splitlines(),
+    }
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    """name=value pairs; values are JSON where they parse as JSON, else text."""
+    out: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ArgumentError(f"option {pair!r}: write name=value")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise ArgumentError(f"interval {text!r}: write a:b, two numbers from 0 (noise end) to 1") from None
+    return low, high
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ArgumentError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ArgumentError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ArgumentError(f"{path}: not a scheduler configuration (a JSON object)")
+    return data
+
+
+def _print(data: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(data, allow_nan=False) if as_json else text)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: runs a command and exits with its code."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run a command; returns the exit code. Messages of mistakes and failures are one line on stderr."""
+    try:
+        code = app(args, prog_name="vivace", standalone_mode=False)
+    except VivaceError as error:
+        print(f"vivace: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vivace: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the last line of defence: a failure is one line too, with the traceback on request
+        if hasattr(error, "format_message"):  # a usage error of the command-line library
+            print(f"vivace: {error.format_message()}", file=sys.stderr)
+            return 2
+        if os.environ.get("VIVACE_DEBUG", "0") != "0":
+            traceback.print_exc()
+        print(f"vivace: {type(error).__name__}: {error} (VIVACE_DEBUG=1 shows where)", file=sys.stderr)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

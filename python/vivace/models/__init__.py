@@ -1,0 +1,1 @@
+"""Models: the native DiT, its checkpoints, prompts and pictures."""

@@ -1,0 +1,82 @@
+"""Compiles the Triton kernels for Hopper without a GPU and prints what the assembler used, as JSON. Run by test_triton.
+
+    python aot_compile.py  ->  {"solver_step guided": {"registers": 40, "stack": 0, "local": 0, "ptx": [...]}, ...}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vivace.kernels.philox_normal import triton_impl as philox
+from vivace.kernels.solver_step import table as t
+from vivace.kernels.solver_step import triton_impl as step
+
+TARGET = GPUTarget("cuda", 90, 32)
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ANY = t.FROM_POOL | t.FROM_OUT | t.FROM_TENSOR | t.SCALED_BY_POOL | t.SCALED_BY_TENSOR
+# name -> (kinds, outputs, number of outs, dtype of outs and of the network input)
+STEPS = {
+    "solver_step guided": ((t.FROM_POOL,) * 4 + (t.FROM_OUT,) * 2, 2, 2, "bf16"),
+    "solver_step stochastic": ((t.FROM_POOL, t.FROM_POOL, t.FROM_OUT, t.FROM_OUT, t.FROM_NOISE), 3, 2, "bf16"),
+    "solver_step scaled": ((t.FROM_POOL | t.SCALED_BY_TENSOR,) * 5 + (t.FROM_OUT, t.FROM_TENSOR), 2, 1, "fp16"),
+    "solver_step 12 x 4": ((t.FROM_POOL,) * 10 + (t.FROM_OUT,) * 2, 4, 2, "fp32"),
+    "solver_step mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 4, 3, "bf16"),
+}
+
+
+def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str) -> Any:
+    """The compiled kernel, arguments aligned as allocations are."""
+    noise = any(kind & t.FROM_NOISE for kind in kinds)
+    side_car = any(kind & (t.FROM_TENSOR | t.SCALED_BY_TENSOR) for kind in kinds)
+    signature = {
+        "pool": "*fp32", "outs": (f"*{dtype}",) * branches, "out_strides": ("i32",) * branches, "net": f"*{dtype}",
+        "tensors": "*i64" if side_car else "constexpr", "ints": "*i32", "floats": "*fp32", "rows": "*i64", "index": "*i64",
+        "seeds": "*i64" if noise else "constexpr", "pictures": "*i64" if noise else "constexpr",
+        "size": "i32", "slot_stride": "i32",
+    }  # fmt: skip
+    constants: dict[str, Any] = {"KINDS": kinds, "SCALES": tuple(kind // t.SCALED_BY_POOL for kind in kinds)}
+    constants |= {"OUTPUTS": outputs, "ALIGNED": True, "BLOCK": step.BLOCK}
+    constants |= {name: None for name, kind in signature.items() if kind == "constexpr"}
+    return compiled(step._solver_step, signature, constants, step.WARPS)
+
+
+def philox_normal() -> Any:
+    signature = {"out": "*fp32", "seeds": "*i64", "pictures": "*i64", "draw": "i32", "size": "i32"}
+    return compiled(philox._philox_normal, signature, {"BLOCK": philox.BLOCK}, philox.WARPS)
+
+
+def compiled(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int) -> Any:
+    """Ahead-of-time compilation; every argument is divisible by 16 but `draw`."""
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    attributes = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+        if kind != "constexpr" and name != "draw":
+            attributes |= {path: [["tt.divisibility", 16]] for path in paths}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def usage(kernel: Any) -> dict[str, Any]:
+    """Registers, stack and local bytes a thread from the cubin; the memory and rounding instructions of the PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
+    ptx = sorted(set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.:]+|cvt\.rn[\w.]*16[\w.]*|fma\.rn\.\w+)", kernel.asm["ptx"])))
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "ptx": ptx}
+
+
+if __name__ == "__main__":
+    report = {name: usage(solver_step(*case)) for name, case in STEPS.items()}
+    print(json.dumps(report | {"philox_normal": usage(philox_normal())}))

@@ -1,0 +1,122 @@
+"""Who may import whom: parsed from the sources, so that a forbidden import fails even where it never runs."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STDLIB = set(sys.stdlib_module_names)
+PLAN = ("engine.plan", "engine.verify", "engine.bind", "engine.render")
+FREE = ("errors",)  # everyone may import these
+
+# First matching prefix decides: (module prefix, own modules it may import, third-party packages it may import).
+RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
+    *((name, PLAN, set()) for name in PLAN),
+    ("engine.plan_io", PLAN, {"numpy", "safetensors"}),
+    ("engine.noise_schedule", PLAN, {"numpy"}),
+    ("engine.noise", (), {"numpy"}),
+    ("engine.timesteps", (*PLAN, "engine.noise_schedule"), {"numpy"}),
+    ("engine.solvers", (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers"), {"numpy"}),
+    ("engine.passes", (*PLAN, "engine.passes"), {"numpy"}),
+    (
+        "engine.planning",
+        (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers", "engine.passes", "engine.from_diffusers"),
+        {"numpy"},
+    ),
+    (
+        "engine.from_diffusers",
+        (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers", "engine.planning"),
+        {"numpy"},
+    ),
+    ("engine", ("engine", "kernels"), {"numpy", "torch", "safetensors"}),
+    ("kernels", ("kernels", "_C", "engine.noise"), {"numpy", "torch", "triton"}),
+    ("metrics", ("metrics", "engine", "kernels"), {"numpy", "torch"}),
+    ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz", "rich"}),
+    ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
+    ("bench", ("",), {"numpy", "torch", "diffusers"}),
+    ("cli", ("",), {"typer"}),
+    ("__main__", ("cli",), set()),
+    ("__init__", (), set()),
+    ("errors", (), set()),
+]
+# Methods of Plan delegate to modules that import it; each is one import inside a function.
+DELEGATES = {"engine.plan": ("engine.plan_io", "engine.bind", "engine.planning", "engine.from_diffusers", "engine.render")}
+ONLY_TYPES = {"engine.plan": ("engine.bind",)}
+
+
+def modules():
+    for folder in ("engine", "kernels", "bench", "python/vivace"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT / "python/vivace" if folder == "python/vivace" else ROOT)
+            if folder == "python/vivace" and relative.parts[0] in ("engine", "kernels", "bench"):
+                continue
+            yield ".".join(relative.with_suffix("").parts).removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def imports(path):
+    """(imported name, inside a function or a type-checking block) of every import of a file."""
+    tree = ast.parse(path.read_text())
+    inner = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.If))
+        for child in ast.walk(node)
+        if child is not node
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in inner
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module
+            own = module.removeprefix("vivace").lstrip(".") if module.split(".")[0] == "vivace" else None
+            for alias in node.names:
+                sub = f"{own}.{alias.name}".lstrip(".") if own is not None else ""
+                yield f"vivace.{sub}" if sub in MODULES else module, node in inner
+
+
+def under(name, prefixes):
+    return any(p == "" or name == p or name.startswith(p + ".") for p in prefixes)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_layer_may(module):
+    own, packages = next((own, pkgs) for prefix, own, pkgs in RULES if under(module, (prefix,)))
+    for name, inner in imports(MODULES[module]):
+        top = name.split(".")[0]
+        assert top not in ("engine", "kernels", "bench"), f"{module} imports {name}; write vivace.{name}"
+        if top == "vivace":
+            target = name.removeprefix("vivace").lstrip(".") or "__init__"
+            delegated = inner and under(target, DELEGATES.get(module, ()))
+            assert delegated or under(target, (*own, *FREE)), f"{module} may not import {name}"
+        else:
+            assert top in STDLIB or top in packages, f"{module} may not import {name}"
+            if top == "triton":
+                assert module.endswith("triton_impl"), f"{module} imports triton; only triton_impl.py may"
+
+
+def test_engine_and_kernels_have_no_import_cycle():
+    graph = {}
+    for module, path in MODULES.items():
+        found = {name.removeprefix("vivace.") for name, inner in imports(path) if name.startswith("vivace.") and not inner}
+        graph[module] = {name for name in found if name in MODULES and name != module}
+    done, active = set(), []
+
+    def visit(module):
+        if module in active:
+            pytest.fail(" -> ".join([*active[active.index(module) :], module]))
+        if module not in done:
+            active.append(module)
+            for name in sorted(graph[module]):
+                visit(name)
+            active.pop()
+            done.add(module)
+
+    for module in graph:
+        visit(module)
