@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from vivace.engine.plan import Affine, Coef, InputRef, Op, Plan, Step, TensorRef, Transform, reads, writes
+from vivace.engine.plan import Affine, Coef, InputRef, Op, Plan, TensorRef, Transform, reads, writes
 from vivace.errors import UnsupportedError
 from vivace.kernels.solver_step.table import (
     NET,
@@ -26,7 +26,7 @@ from vivace.kernels.solver_step.table import (
     build_table,
 )
 
-PREV = 1 << 31  # source code of output l of the same kernel row: PREV + l
+PREV = 1 << 31  # source code of output l of the same kernel row: PREV + k
 Formula = dict[tuple[int, int], float]  # (source code, scale code) -> coefficient
 _ACC = "acc_"  # scratch slot of a sum with too many terms
 _FEED = "net_"  # stands for the network-input plane among the slots of a row
@@ -49,7 +49,7 @@ class Lowered:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a request gives: numbers by input name, names of its tensors (`noise` replaces draw 0, `x_init` the start)."""
+    """What a request gives: numbers by name, names of its tensors (`noise` replaces draw 0, `x_init` the start)."""
 
     values: Mapping[str, float]
     tensors: frozenset[str] = frozenset()
@@ -208,7 +208,7 @@ def _fold(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: S
             low, high = _clamp(codes, op)
             env[slot] = formula(((slot, 1.0),))
         terms = [(*key, weight) for key, weight in env[slot].items() if key[0] < PREV]
-        prev = [env[slot].get((PREV + l, NONE), 0.0) for l in range(len(outputs))]
+        prev = [env[slot].get((PREV + k, NONE), 0.0) for k in range(len(outputs))]
         outputs.append(Output(NET if slot == _FEED else codes.slots[slot], terms, prev, low, high))
         env[slot] = {(PREV + len(outputs) - 1, NONE): 1.0}
     sources = {term[:2] for output in outputs for term in output.terms}
@@ -228,7 +228,7 @@ def _expanded(base: Formula, outputs: Sequence[Output]) -> Formula:
         if output.low > -float("inf") or output.high < float("inf"):
             raise _TooMuch
         inner = {(source, scale): w for source, scale, w in output.terms}
-        inner |= {(PREV + l, NONE): w for l, w in enumerate(output.prev) if w}
+        inner |= {(PREV + k, NONE): w for k, w in enumerate(output.prev) if w}
         for inner_key, inner_weight in _expanded(inner, outputs).items():
             total[inner_key] = total.get(inner_key, 0.0) + weight * inner_weight
     return total
@@ -236,7 +236,9 @@ def _expanded(base: Formula, outputs: Sequence[Output]) -> Formula:
 
 def _clamp(codes: _Codes, op: Transform) -> tuple[float, float]:
     if op.kind != "clamp":
-        raise UnsupportedError(f"transform {op.kind!r} needs a reduction over the sample, which the step does not run yet")
+        raise UnsupportedError(
+            f"transform {op.kind!r} needs a reduction over the sample; the step runs clamp only"
+        )
     (low, low_scale), (high, high_scale) = (codes.coef(coef) for _, coef in op.params)
     if max(low_scale, high_scale) != NONE:
         raise UnsupportedError("a clamp takes numbers as bounds, not tensors")

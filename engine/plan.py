@@ -62,7 +62,7 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """slot <- kind(slot): "clamp" (params low, high), "dynamic_threshold" (ratio, max), "cfg_rescale" (reads cond; phi)."""
+    """slot <- kind(slot, *reads): "clamp" (low, high), "dynamic_threshold" (ratio, max), "cfg_rescale" (cond; phi)."""
 
     kind: str
     slot: str

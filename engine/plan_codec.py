@@ -115,7 +115,7 @@ def _finite(text: str) -> float:
     return value
 
 
-# --- decoding: one reader per kind of value ----------------------------------------------------------------------------
+# --- decoding: one reader per kind of value --------------------------------------------------------------------------
 def _float(value: Any, where: str) -> float:
     if type(value) is not float:
         raise PlanFileError(f"{where}: {value!r:.60} is not a float (write 1.0, not 1)")

@@ -9,9 +9,11 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vivace.engine.lower import Lowered
@@ -78,7 +80,7 @@ class Pool:
         for lane in lanes:
             heapq.heappush(self._free, lane)
 
-    def tensor(self, sha256: str, array: np.ndarray) -> int:  # type: ignore[type-arg]
+    def tensor(self, sha256: str, array: NDArray[np.floating[Any]]) -> int:
         """Number of a side-car tensor in `tensors`, uploading it once."""
         if sha256 not in self._tensor_ids:
             self._tensor_ids[sha256] = len(self.tensors)

@@ -7,9 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from vivace import __version__
+from vivace.engine.plan import Plan
+
+if TYPE_CHECKING:
+    from vivace.engine.denoiser import Denoiser
+    from vivace.engine.executors import Executor
+    from vivace.engine.pool import Pool
+    from vivace.engine.probe import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +33,7 @@ class Event:
 
 
 class Timeline:
-    """Stretches of time of one session, without waiting for the device: on CUDA they are device events read at the end."""
+    """Stretches of time of one session without waiting for the device: on CUDA, events that are read at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -33,8 +42,8 @@ class Timeline:
     def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     @contextmanager
@@ -143,3 +152,52 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_receipt(
+    plan: Plan,
+    n: int,
+    events: tuple[Event, ...],
+    *,
+    measured_ms: float,
+    probe: Probe | None,
+    executor: Executor,
+    denoiser: Denoiser,
+    pool: Pool,
+    warnings: tuple[str, ...],
+) -> Receipt:
+    """The receipt of a finished request from the events of its rows."""
+    rows = []
+    for i in range(len(plan.steps)):
+        mine = {event.name: event for event in events if event.row == i}
+        network, step = mine.get("network"), mine["solver_step"]
+        branches = plan.steps[i].branches if network else ()
+        rows.append(RowRecord(i, branches, step.batch, network.ms if network else 0.0, step.ms))
+    phases: dict[str, float] = {}
+    for event in events:
+        name = "start" if event.row < 0 and event.name == "solver_step" else event.name
+        phases[name] = phases.get(name, 0.0) + event.ms
+    evaluated = [row for row in rows if row.branches]
+    return Receipt(
+        plan_hash=plan.hash,
+        executor=executor.name,
+        device=str(pool.device),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        n=n,
+        nfe_planned=plan.nfe,
+        nfe=len(evaluated),
+        branch_evals_planned=plan.branch_evals,
+        branch_evals=sum(len(row.branches) for row in evaluated),
+        rows=tuple(rows),
+        phases={name: round(ms, 4) for name, ms in phases.items()},
+        measured_ms=measured_ms,
+        predicted_ms=None if probe is None else sum(probe.predict_ms(row.branches, n) for row in evaluated),
+        peak_memory=peak_memory(pool.device),
+        pool=n * pool.lane_bytes(),
+        kernels=executor.kernels(pool),
+        one_by_one=executor.one_by_one,
+        warnings=warnings,
+        versions={"vivace": __version__, "torch": torch.__version__},
+        events=events,
+    )

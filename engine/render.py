@@ -30,8 +30,8 @@ def render_diff(one: Plan, two: Plan, names: tuple[str, str] = ("a", "b")) -> st
     """Unified difference of two printouts without column padding; empty when the plans are equal."""
     if one.hash == two.hash:
         return ""
-    texts = [[*_head(p), *("  ".join(row_cells(i, step, p)) for i, step in enumerate(p.steps))] for p in (one, two)]
-    return "\n".join(difflib.unified_diff(*texts, *names, lineterm="", n=0))
+    a, b = ([*_head(p), *("  ".join(row_cells(i, step, p)) for i, step in enumerate(p.steps))] for p in (one, two))
+    return "\n".join(difflib.unified_diff(a, b, *names, lineterm="", n=0))
 
 
 def _head(plan: Plan) -> list[str]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from vivace.engine.denoiser import CallableDenoiser
 from vivace.engine.executors.eager import EagerExecutor
 from vivace.engine.plan import Plan
-from vivace.engine.session import Request, Session
+from vivace.engine.request import Request
+from vivace.engine.session import Session
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, DtypeError, ShapeError
 
@@ -32,7 +33,7 @@ def sample(
             x: [B, ...] scaled by the row's `x_scale`, t: [B] timesteps in the dtype of x; returns `plan.prediction`.
         noise: unit normal [B, ...], float; the plan's `init` makes the first state of it. float64 runs in float64
             throughout; other dtypes keep the state in float32 and feed the network in theirs.
-        seed: of stochastic rows: an int makes sample j picture j of it, a sequence makes each sample picture 0 of its own.
+        seed: of stochastic rows: an int makes sample j picture j, a sequence makes each sample picture 0 of its own.
         x_init: [B, ...], replaces the first state.
         inputs: numbers and tensors ([B, ...] or the latent's shape) that the plan reads, by name.
     Returns: [B, ...] on the device of `noise`, float64 for float64 noise, else float32.

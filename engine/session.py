@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,76 +16,11 @@ from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Executor, Group
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.plan import Plan, Variant
-from vivace.engine.pool import Entry, Pool
+from vivace.engine.pool import Pool
 from vivace.engine.probe import Probe, probe
-from vivace.engine.receipt import Receipt, RowRecord, Timeline, peak_memory
+from vivace.engine.receipt import Timeline, make_receipt
+from vivace.engine.request import Report, Request, Result, State
 from vivace.errors import ArgumentError, DtypeError, ShapeError, StateError
-
-_SEED_LIMIT = 1 << 64
-_PICTURE_LIMIT = 1 << 32
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What one caller wants: pictures `index` .. `index + n - 1` of `seed` for a prompt.
-
-    plan: None for the session's first, or any plan that binds to its model and shape. latents: unit normal
-    [n, *latent] in place of the generator's draw 0. guidance_scale: in place of the plan's. image, mask: start picture
-    and weights of plans that read `input:start` and `mask`. inputs: further numbers and tensors by name.
-    """
-
-    prompt: Any = None
-    plan: Plan | None = None
-    n: int = 1
-    index: int = 0
-    seed: int = 0
-    latents: Tensor | None = None
-    guidance_scale: float | None = None
-    image: Any = None
-    mask: Any = None
-    inputs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class State:
-    """A request under way. `row`: rows done; `done`: all of them; everything it owns is lanes of the session's pool."""
-
-    request: Request
-    plan: Plan
-    condition: Any
-    entry: Entry
-    lanes: tuple[int, ...]
-    owner: int
-    warnings: tuple[str, ...]
-    began: float
-    row: int = 0
-    closed: str = ""
-    records: list[Any] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        """Every row of the plan was executed."""
-        return self.row >= len(self.plan.steps)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a step did for one state: the row executed, of how many, at which timestep; whether it was the last."""
-
-    row: int
-    rows: int
-    timestep: float
-    done: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Finished pictures: PIL images, latents [n, ...], the receipt, and the condition the prompt found."""
-
-    images: list[Any]
-    latents: Tensor
-    receipt: Receipt
-    condition: Any = None
 
 
 class Session:
@@ -125,7 +60,7 @@ class Session:
             variants = tuple(dict.fromkeys(v for plan in self.plans for v in plan.variants))
             with self._threads():
                 self.probe = probe(denoiser, variants, shape)
-            setattr(executor, "one_by_one", self.probe.one_by_one)
+            executor.one_by_one = self.probe.one_by_one
 
     def __call__(
         self,
@@ -158,7 +93,7 @@ class Session:
         with self._lock, self._threads():
             began = time.perf_counter()
             plan = self.plans[0] if request.plan is None else self._bind(request.plan)
-            _check_request(request)
+            request.check()
             condition = self.denoiser.encode(request.prompt)
             values, tensors, warnings = self._inputs(request, plan)
             given = Given(values, frozenset(tensors))
@@ -172,7 +107,6 @@ class Session:
             for name, tensor in tensors.items():
                 self.pool.state[slots[f"input:{name}"], list(lanes)] = tensor
             self._launch([state], None, -1, [entry.lowered.start])
-            state.records.append(("begin", -1, began, time.perf_counter(), request.n) if not self.timeline.cuda else None)
             return state
 
     def step(self, states: Sequence[State]) -> tuple[Report, ...]:
@@ -191,9 +125,7 @@ class Session:
                 self._launch(members, variant, members[0].row, [s.entry.lowered.spans[s.row] for s in members])
             for state in states:
                 state.row += 1
-            return tuple(
-                Report(s.row - 1, len(s.plan.steps), s.plan.steps[s.row - 1].timestep, s.done) for s in states
-            )
+            return tuple(Report(s.row - 1, len(s.plan.steps), s.plan.steps[s.row - 1].timestep, s.done) for s in states)
 
     def finish(self, state: State) -> Result:
         """Latents, pictures and receipt of a finished state; its lanes are free afterwards."""
@@ -205,7 +137,17 @@ class Session:
                 slot = state.entry.lowered.slots["x"]
                 latents = self.pool.state[slot, list(state.lanes)].clone()
                 images = self.denoiser.to_images(latents)
-            receipt = self._receipt(state)
+            receipt = make_receipt(
+                state.plan,
+                state.request.n,
+                self.timeline.resolve(state.records),
+                measured_ms=(time.perf_counter() - state.began) * 1e3,
+                probe=self.probe,
+                executor=self.executor,
+                denoiser=self.denoiser,
+                pool=self.pool,
+                warnings=state.warnings,
+            )
             self._close(state, "finished")
             return Result(images, latents, receipt, state.condition)
 
@@ -230,9 +172,10 @@ class Session:
         owner = [n for n, size in enumerate(sizes) for _ in range(size)]
         kernel_rows = []
         for k in range(max((last - first for first, last in spans), default=0)):
-            positions = tuple(p for p, n in enumerate(owner) if spans[n][0] + k < spans[n][1])
-            kernel_rows.append((positions, tuple(states[owner[p]].entry.base + spans[owner[p]][0] + k for p in positions)))
-        steps = [state.plan.steps[state.row] for state in states] if row >= 0 else [s.plan.steps[0] for s in states]
+            having = [(p, n) for p, n in enumerate(owner) if spans[n][0] + k < spans[n][1]]
+            rows = tuple(states[n].entry.base + spans[n][0] + k for _, n in having)
+            kernel_rows.append((tuple(p for p, _ in having), rows))
+        steps = [state.plan.steps[max(state.row, 0)] for state in states]
         records: list[Any] = []
         group = Group(
             variant,
@@ -240,8 +183,8 @@ class Session:
             tuple(steps[n].timestep for n in owner),
             tuple(states[n].condition for n in owner),
             tuple(kernel_rows),
-            tuple(_signed(state.request.seed) for state in states for _ in state.lanes),
-            tuple(picture for state in states for picture in _pictures(state.request)),
+            tuple(state.request.signed_seed for state in states for _ in state.lanes),
+            tuple(picture for state in states for picture in state.request.pictures),
             row,
             records,
         )
@@ -269,7 +212,9 @@ class Session:
             if name not in known and name != "x_init":
                 raise ArgumentError(f"request: the plan reads no input {name!r}; it reads {sorted(known) or 'none'}")
             if isinstance(value, (int, float)):
-                values[name] = _finite(name, float(value))
+                if not math.isfinite(value):
+                    raise ArgumentError(f"request: {name} is {value}; a finite number is needed")
+                values[name] = float(value)
             else:
                 tensors[name] = self._tensor(name, value, request.n)
         for name, ref in known.items():
@@ -311,47 +256,6 @@ class Session:
     def _threads(self) -> _Threads:
         return _Threads(self.threads)
 
-    def _receipt(self, state: State) -> Receipt:
-        events = self.timeline.resolve([record for record in state.records if record is not None])
-        rows: list[RowRecord] = []
-        for i, step in enumerate(state.plan.steps):
-            mine = {event.name: event for event in events if event.row == i}
-            times = [mine[name].ms if name in mine else 0.0 for name in ("network", "solver_step")]
-            rows.append(RowRecord(i, step.branches, mine["solver_step"].batch, *times))
-        phases: dict[str, float] = {}
-        for event in events:
-            name = event.name if event.row >= 0 or event.name != "solver_step" else "start"
-            phases[name] = phases.get(name, 0.0) + event.ms
-        if "begin" in phases:
-            phases["begin"] -= phases.get("start", 0.0)
-        evaluated = [row for row in rows if row.branches]
-        predicted = None
-        if self.probe is not None:
-            predicted = sum(self.probe.predict_ms(row.branches, state.request.n) for row in evaluated)
-        return Receipt(
-            plan_hash=state.plan.hash,
-            executor=self.executor.name,
-            device=str(self.pool.device),
-            dtype=str(self.denoiser.dtype).removeprefix("torch."),
-            threads=torch.get_num_threads(),
-            n=state.request.n,
-            nfe_planned=state.plan.nfe,
-            nfe=len(evaluated),
-            branch_evals_planned=state.plan.branch_evals,
-            branch_evals=sum(len(row.branches) for row in evaluated),
-            rows=tuple(rows),
-            phases={name: round(ms, 4) for name, ms in phases.items()},
-            measured_ms=(time.perf_counter() - state.began) * 1e3,
-            predicted_ms=predicted,
-            peak_memory=peak_memory(self.pool.device),
-            pool=len(state.lanes) * self.pool.lane_bytes(),
-            kernels=self.executor.kernels(self.pool),
-            one_by_one=getattr(self.executor, "one_by_one", None),
-            warnings=state.warnings,
-            versions={"torch": torch.__version__},
-            events=events,
-        )
-
 
 class _Threads:
     """Intra-op threads of torch for the enclosed work only."""
@@ -367,28 +271,3 @@ class _Threads:
     def __exit__(self, *_: object) -> None:
         if self.threads is not None and self.threads != self.before:
             torch.set_num_threads(self.before)
-
-
-def _pictures(request: Request) -> Iterable[int]:
-    return range(request.index, request.index + request.n)
-
-
-def _signed(seed: int) -> int:
-    """A 64-bit seed as the two's complement integer that torch stores."""
-    return seed - _SEED_LIMIT if seed >= _SEED_LIMIT >> 1 else seed
-
-
-def _check_request(request: Request) -> None:
-    for name, value, low, high in (
-        ("n", request.n, 1, 1 << 20),
-        ("index", request.index, 0, _PICTURE_LIMIT - request.n + 1 if isinstance(request.n, int) else 1),
-        ("seed", request.seed, 0, _SEED_LIMIT),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
-            raise ArgumentError(f"request: {name} is {value!r}; an integer from {low} to {high - 1} is needed")
-
-
-def _finite(name: str, value: float) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ArgumentError(f"request: {name} is {value}; a finite number is needed")
-    return value

@@ -142,7 +142,7 @@ class _Walk:
         if not 0 < variant.keep <= tokens:
             raise PlanError(f"{where}: keep {variant.keep}; need 0 < keep <= {tokens}")
         if binding is not None and variant.keep % binding.token_group:
-            raise PlanError(f"{where}: keep {variant.keep:g} is not a multiple of the token group {binding.token_group}")
+            raise PlanError(f"{where}: keep {variant.keep:g}; need a multiple of the token group {binding.token_group}")
         for rule in variant.rules:
             _rule(where, rule, None if binding is None else binding.blocks, branches)
         check_conflicts(where, variant)

@@ -158,11 +158,10 @@ def load(spec: OpSpec, backend: str) -> Callable[..., Any]:
 
 def why_not(spec: OpSpec, backend: str, device: str, dtype: str) -> str | None:
     """Why `backend` cannot run `spec` on (device, dtype); None when it can."""
-    if backend == REFERENCE:
-        return None
-    if backend not in spec.impls:
+    if backend != REFERENCE and backend not in spec.impls:
         return f"{spec.name} has no {backend} implementation"
-    if (reason := missing(backend)) is not None:
+    reason = missing(backend)
+    if reason is not None or backend == REFERENCE:
         return reason
     reason = import_module(spec.impls[backend]).why_not(device, dtype)
     return None if reason is None else str(reason)
@@ -171,16 +170,17 @@ def why_not(spec: OpSpec, backend: str, device: str, dtype: str) -> str | None:
 @cache
 def missing(backend: str) -> str | None:
     """What `backend` lacks on this machine, whatever the op; None when nothing."""
+    if not _installed("torch"):
+        return "torch is not installed (pip install 'vivace[torch]')"
     if backend == CPU:
-        return None if find_spec("vivace._C") else "vivace._C is not built (python setup.py build_ext --inplace)"
-    if backend == TRITON:
-        if find_spec("triton") is None:
-            return "triton is not installed (pip install triton)"
-        if not interpreted():
-            import torch
+        return None if _installed("vivace._C") else "vivace._C is not built (python setup.py build_ext --inplace)"
+    if backend != TRITON:
+        return None
+    if not _installed("triton"):
+        return "triton is not installed (pip install triton)"
+    import torch
 
-            return None if torch.cuda.is_available() else "torch sees no CUDA device"
-    return None
+    return None if interpreted() or torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def interpreted() -> bool:
@@ -230,6 +230,14 @@ def within_tolerance(actual: Any, eager: Any, exact: Any, *, absolute: float = 0
     bound += absolute / (size or 1.0)
     error = error_of(actual, exact)
     return error <= bound, error, bound
+
+
+def _installed(module: str) -> bool:
+    """The module can be found; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @cache

@@ -12,6 +12,8 @@ namespace vivace {
 void philox_normal(float* out, int64_t batch, int64_t numel, const int64_t* seeds, const int64_t* pictures,
                    int64_t draw, int64_t threads) {
   if (batch < 0 || numel < 0) fail("philox_normal: batch ", batch, " and size ", numel, " must not be negative");
+  if (static_cast<double>(batch) * numel > 0x1p60)
+    fail("philox_normal: ", batch, " x ", numel, " elements fit no memory");
   if (numel > kMaxNoiseElements) fail("philox_normal: ", numel, " elements a sample; at most ", kMaxNoiseElements);
   if (draw < 0 || draw > UINT32_MAX) fail("philox_normal: draw ", draw, " is not in [0, 2^32)");
   if (batch * numel == 0) return;

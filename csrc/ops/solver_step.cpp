@@ -144,13 +144,15 @@ void check_sizes(const SolverStepArgs& args) {
     fail("solver_step: negative size (slots ", args.slots, ", capacity ", args.capacity, ", elements ", args.numel,
          ", batch ", args.batch, ", rows ", args.table_rows, ")");
   }
+  if (static_cast<double>(args.slots) * args.capacity * args.numel > 0x1p60) {
+    fail("solver_step: a pool of ", args.slots, " x ", args.capacity, " x ", args.numel, " elements fits no memory");
+  }
   if (args.slots > kOutCode) fail("solver_step: pool has ", args.slots, " slots; at most ", kOutCode);
   if (args.branches > kMaxBranches) fail("solver_step: ", args.branches, " network outputs; at most ", kMaxBranches);
   if (args.tensor_count > kMaxTensors) fail("solver_step: ", args.tensor_count, " tensors; at most ", kMaxTensors);
 }
 
 void check_samples(const SolverStepArgs& args) {
-  std::vector<bool> taken(static_cast<size_t>(args.capacity));
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t row = args.rows[b], lane = args.index[b];
     if (row < 0 || row >= args.table_rows) {
@@ -159,9 +161,11 @@ void check_samples(const SolverStepArgs& args) {
     if (lane < 0 || lane >= args.capacity) {
       fail("solver_step: sample ", b, " is in lane ", lane, ", but the pool has ", args.capacity, " lanes");
     }
-    if (taken[lane]) fail("solver_step: two samples are in lane ", lane, "; lanes must be distinct");
-    taken[lane] = true;
   }
+  std::vector<int64_t> lanes(args.index, args.index + args.batch);
+  std::sort(lanes.begin(), lanes.end());
+  const auto twice = std::adjacent_find(lanes.begin(), lanes.end());
+  if (twice != lanes.end()) fail("solver_step: two samples are in lane ", *twice, "; lanes must be distinct");
 }
 
 int64_t bytes_per_element(const StepProgram& program) {

@@ -35,9 +35,10 @@ class Group:
 
 
 class Executor(Protocol):
-    """Runs groups over a pool. It keeps nothing of a request."""
+    """Runs groups over a pool. It keeps nothing of a request. `one_by_one`: why samples must not share a forward."""
 
     name: str
+    one_by_one: str | None
 
     def check(self, plan: Plan) -> None:
         """Raise UnsupportedError naming the first row that this executor cannot run."""

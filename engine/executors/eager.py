@@ -16,7 +16,7 @@ from vivace.kernels.spec import choose
 
 
 class EagerExecutor:
-    """Network by torch, one fused step per group. `one_by_one`: why samples must not share a forward, or None."""
+    """Network by torch, one fused step per group."""
 
     name = "eager"
 
@@ -59,7 +59,8 @@ class EagerExecutor:
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         choice = choose(SPEC, pool.device.type, str(pool.dtype).removeprefix("torch."))
-        return (KernelUse("solver_step", choice.backend, choice.reason), KernelUse("network", "torch", "eager executor"))
+        fused = KernelUse("solver_step", choice.backend, choice.reason)
+        return fused, KernelUse("network", "torch", "eager executor")
 
     @torch.inference_mode()
     def _network(self, group: Group, pool: Pool, variant: Variant) -> tuple[Tensor, ...]:

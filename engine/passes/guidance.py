@@ -39,7 +39,7 @@ def apply_guidance(
     if not 0.0 <= low < high <= 1.0:
         raise ArgumentError(f"apply_guidance: interval {interval}; need 0 <= a < b <= 1 (0 = noise end)")
     if not math.isfinite(scale) or not 0.0 <= rescale <= 1.0:
-        raise ArgumentError(f"apply_guidance: scale {scale}, rescale {rescale}; need a finite scale and 0 <= rescale <= 1")
+        raise ArgumentError(f"apply_guidance: scale {scale}, rescale {rescale}; need a finite scale, 0 <= rescale <= 1")
     if any("uncond" in step.branches for step in plan.steps):
         raise PlanError("apply_guidance: the plan is guided already; start from the plan without guidance")
     first, last = int(low * plan.nfe), int(high * plan.nfe)
@@ -50,10 +50,11 @@ def apply_guidance(
                 step = _guided(step, float(scale), float(rescale))
             evaluation += 1
         steps.append(step)
-    args = Args.of({"scale": float(scale), "kind": kind, "interval": (float(low), float(high)), "rescale": float(rescale)})
     recipe = plan.recipe
     if recipe is not None:
-        recipe = replace(recipe, passes=(*recipe.passes, ("apply_guidance", args)))
+        span = (float(low), float(high))
+        args = {"scale": float(scale), "kind": kind, "interval": span, "rescale": float(rescale)}
+        recipe = replace(recipe, passes=(*recipe.passes, ("apply_guidance", Args.of(args))))
     return verify(replace(plan, steps=tuple(steps), recipe=recipe))
 
 

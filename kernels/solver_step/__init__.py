@@ -58,6 +58,8 @@ def solver_step(
 
     call = prepare(pool, outs, table, rows, index, net, tensors, seeds, pictures)
     choice = choose(SPEC, pool.device.type, str(pool.dtype)[6:], backend)
+    if not len(call.rows) or not pool.numel():
+        return
     load(SPEC, choice.backend)(
         pool, call.outs, call.table, call.rows, call.index, net=net, tensors=tensors, seeds=call.seeds, pictures=call.pictures
     )  # fmt: skip

@@ -115,7 +115,7 @@ def make(
     pool = pool.to(device, state)
     outs = [normal(len(rows), *shape).to(device, getattr(torch, dtype)) for _ in range(branches)]
     net = torch.zeros(lanes, *shape, device=device, dtype=getattr(torch, dtype))
-    built = build_table(table).to(device, state)
+    built = build_table(table, dtype if dtype == "float64" else "float32").to(device)
     arguments: dict[str, Any] = {"net": net, "tensors": [normal(*shape).to(device, state) for _ in range(tensors)]}
     if built.facts.noise:
         arguments |= {"seeds": [(1 << 64) - 3 - b * (1 << 40) for b in range(len(rows))], "pictures": [5] * len(rows)}

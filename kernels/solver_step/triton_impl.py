@@ -56,7 +56,7 @@ def solver_step(
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass."""
     batch, size = len(rows), math.prod(pool.shape[2:])
     facts = table.facts
-    if not batch or not size or not facts.outputs:
+    if not facts.outputs:
         return
     rows, index = (t.to(pool.device, non_blocking=True) for t in (rows, index))
     if facts.noise and seeds is not None and pictures is not None:
@@ -64,7 +64,9 @@ def solver_step(
     else:
         seeds = pictures = None
     addresses = tuple(tensor.data_ptr() for tensor in tensors[: facts.tensors])
-    outs = tuple(outs[: facts.branches]) or (pool[0],)
+    outs = tuple(outs[: facts.branches])
+    kinds = _kinds_given(facts.kinds, bool(outs), bool(addresses), seeds is not None)
+    outs = outs or (pool[0],)
     with on_device(pool.device):
         _solver_step[triton.cdiv(size, BLOCK), batch](
             pool,
@@ -80,14 +82,22 @@ def solver_step(
             pictures,
             size,
             pool.stride(0),
-            KINDS=facts.kinds,
-            SCALES=tuple(kind // codes.SCALED_BY_POOL for kind in facts.kinds),
+            KINDS=kinds,
+            SCALES=tuple(kind // codes.SCALED_BY_POOL for kind in kinds),
             OUTPUTS=facts.outputs,
             ALIGNED=all(address % 16 == 0 for address in addresses),
             BLOCK=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
+
+
+def _kinds_given(kinds: tuple[int, ...], outs: bool, tensors: bool, noise: bool) -> tuple[int, ...]:
+    """`Facts.kinds` less what this call does not give: other rows of the table may need it, the rows run here do not."""
+    absent = 0 if outs else codes.FROM_OUT
+    absent |= 0 if tensors else codes.FROM_TENSOR | codes.SCALED_BY_TENSOR
+    absent |= 0 if noise else codes.FROM_NOISE
+    return tuple(kind & ~absent for kind in kinds)
 
 
 @lru_cache(maxsize=256)

@@ -28,7 +28,8 @@ _FROM = {
     ),
     "engine.planning": ("make_plan",),
     "engine.sample": ("sample",),
-    "engine.session": ("Request", "Session"),
+    "engine.request": ("Request",),
+    "engine.session": ("Session",),
     "engine.verify": ("verify",),
     "errors": (
         "ArgumentError",

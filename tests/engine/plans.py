@@ -9,9 +9,7 @@ GUIDED = Variant(branches=("cond", "uncond"))
 
 def euler_rows(n=3):
     """Flow Euler from t = 1 to 0."""
-    return tuple(
-        Step(1 - i / n, i / n, 1 - i / n, (Affine("x", (("x", 1.0), ("out", -1 / n))),)) for i in range(n)
-    )
+    return tuple(Step(1 - i / n, i / n, 1 - i / n, (Affine("x", (("x", 1.0), ("out", -1 / n))),)) for i in range(n))
 
 
 def plan_of(*steps, prediction="flow", **changes):

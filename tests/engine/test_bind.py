@@ -77,6 +77,11 @@ def test_normal_form_is_unique_and_idempotent(some, random):
     branches = ("cond", "uncond")
     form = normal_form(tuple(some), branches)
     assert normal_form(form, branches) == form
-    split = [replace(r, blocks=(b, b + 1), branches=(c,)) for r in some for b in range(*r.blocks) for c in r.branches or branches]
+    split = [
+        replace(r, blocks=(b, b + 1), branches=(c,))
+        for r in some
+        for b in range(*r.blocks)
+        for c in r.branches or branches
+    ]
     random.shuffle(split)
     assert normal_form(tuple(split), branches) == form

@@ -47,7 +47,9 @@ def test_printout_is_the_golden_text():
         prediction="eps",
     )
     head, start, *table = squeeze(str(plan)).splitlines()
-    assert head == f"plan {plan.hash[:12]} | made by hand | prediction eps | nfe 3 | branch_evals 4 | variants 4 | unbound"
+    assert (
+        head == f"plan {plan.hash[:12]} | made by hand | prediction eps | nfe 3 | branch_evals 4 | variants 4 | unbound"
+    )
     assert start == "start x=noise:0"
     assert "\n".join(table) == squeeze(GOLDEN)
 
@@ -67,7 +69,14 @@ def test_head_names_solver_passes_and_tail():
 
 
 def test_numbers_are_short():
-    assert [number(v) for v in (0.98, -0.05, 4.0, 1.25e-5, 0.0, 123456.0)] == [".98", "-.05", "4", "1.25e-05", "0", "1.235e+05"]
+    assert [number(v) for v in (0.98, -0.05, 4.0, 1.25e-5, 0.0, 123456.0)] == [
+        ".98",
+        "-.05",
+        "4",
+        "1.25e-05",
+        "0",
+        "1.235e+05",
+    ]
 
 
 def test_diff_shows_changed_rows_only_and_nothing_for_equal_plans():

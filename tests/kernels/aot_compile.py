@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for Hopper without a GPU and prints what the assembler used, as JSON. Run by test_triton.
 
-    python aot_compile.py  ->  {"solver_step guided": {"registers": 40, "stack": 0, "local": 0, "ptx": [...]}, ...}
+    python aot_compile.py  ->  {"solver_step guided": {"registers": 47, "stack": 0, "local": 0, ...}, ...}
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def usage(kernel: Any) -> dict[str, Any]:
         cubin.write_bytes(kernel.asm["cubin"])
         text = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
-    ptx = sorted(set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.:]+|cvt\.rn[\w.]*16[\w.]*|fma\.rn\.\w+)", kernel.asm["ptx"])))
-    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "ptx": ptx}
+    ptx = kernel.asm["ptx"]
+    told = sorted(set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt)\.[\w.]+)", ptx)))
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    return {"target": target, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "ptx": told}
 
 
 if __name__ == "__main__":

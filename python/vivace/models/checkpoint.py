@@ -97,7 +97,7 @@ def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 def fingerprint(config: Mapping[str, Any], files: Iterable[Path]) -> str:
     """SHA-256 (hex) of a configuration and of the tensors as stored; independent of file names, order and shards."""
     digest = sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
-    where = {}
+    where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for path in files:
         start, entries = read_header(path)
         where.update((name, (path, start, entry)) for name, entry in entries.items())

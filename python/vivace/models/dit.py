@@ -13,8 +13,9 @@ Source: Peebles and Xie 2023, section 3.2 and figure 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,24 +166,19 @@ class DiT(nn.Module):
 
     def condition(self, t: Tensor, labels: Tensor) -> Modulation:
         """Modulation vectors of the whole network from timesteps [n] and labels [B, n]; independent of x."""
-        features = self._time_features(t)
         branches, n = labels.shape
-        width = self.config.width
-        packed = torch.empty(len(self.blocks), branches, n, 6, width, dtype=self.dtype, device=self.device)
-        final = None
-        for block, out in zip(self.blocks, packed, strict=True):
-            conditioner = block.condition
-            hidden = conditioner(features, labels)
-            out.copy_(linear(hidden, conditioner.modulation).view(branches, n, 6, width))
-            if final is None:
-                final = linear(hidden, self.final_modulation).view(branches, n, 2, width)
+        features, layers = self._time_features(t), self._layers()
+        hidden = [layer.condition.forward(features, labels) for layer in layers]
+        vectors = [linear(h, layer.condition.modulation) for h, layer in zip(hidden, layers, strict=True)]
+        packed = torch.stack(vectors).view(len(layers), branches, n, 6, self.config.width)
+        final = linear(hidden[0], self.final_modulation).view(branches, n, 2, self.config.width)
         packed[:, :, :, 1::3] += 1
         final[:, :, 1] += 1
         return Modulation(packed, final)
 
     def block(self, i: int, hidden: Tensor, modulation: Modulation) -> Tensor:
         """Block i on hidden states [R, N, D]."""
-        return self.blocks[i](hidden, modulation.of_block(i))
+        return self._layers()[i].forward(hidden, modulation.of_block(i))
 
     def head(self, hidden: Tensor, modulation: Modulation, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """Hidden states [R, N, D] -> B predictions [n, C, H, W]; `size` (H, W), default the native one."""
@@ -208,6 +204,10 @@ class DiT(nn.Module):
     def save(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write the folder that diffusers reads, all or nothing; dtype None is the model's. Raises OutputError."""
         write_dit(folder, self.config, self.state_dict(), dtype or self.dtype)
+
+    def _layers(self) -> Sequence[Block]:
+        """The blocks under their type."""
+        return cast("Sequence[Block]", self.blocks)
 
     def _time_features(self, t: Tensor) -> Tensor:
         """[cos, sin](t * 10000^(-i/127)), i = 0..127, in float32 as the models were trained. [n] -> [n, 256]."""

@@ -39,7 +39,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         rest = size % (LANES * torch.get_num_threads())
     if rest == 0:
-        return torch.ops.aten.gelu_(x, approximate=approximate)
+        torch.ops.aten.gelu_(x, approximate=approximate)
+        return x
     flat = x.view(-1)
     for part in (flat[: size - rest], flat[size - rest :]):  # equal shares for all threads, then one small share
         torch.ops.aten.gelu_(part, approximate=approximate)
@@ -52,6 +53,6 @@ def silu(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or size == 0:
         return F.silu(x)
     flat = F.pad(x.reshape(-1), (0, -size % LANES))
-    for part in flat.split(GRAIN):
+    for part in torch.split(flat, GRAIN):
         torch.ops.aten.silu_(part)
     return flat[:size].view(x.shape)

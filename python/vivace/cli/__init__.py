@@ -51,7 +51,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Pictures to a PNG: one picture without border, several as a grid; with a receipt."""
-    from vivace.models.generate import generate_pictures
+    from vivace.cli.generate import generate_pictures
 
     data, text = generate_pictures(
         prompts,
@@ -167,12 +167,11 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Where the time goes: per phase, row and kernel."""
-    from vivace.models.load import load
-    from vivace.models.pipe import choose_plan
+    from vivace.models.pipe import choose_plan, load
     from vivace.profile import profile_request
 
     pipe = load(model)
-    chosen = choose_plan(pipe, plan, solver, steps, guidance)
+    chosen = choose_plan(pipe.model, plan, solver, steps, guidance)
     report = profile_request(pipe.compile(chosen, backend=backend, threads=threads), prompt, n=n, trace=trace)
     _print(report.to_dict(top), report.table(top), as_json)
 

@@ -1,0 +1,99 @@
+"""A request and what becomes of it: the state under way, the report of a row, the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vivace.engine.plan import Plan
+from vivace.engine.pool import Entry
+from vivace.engine.receipt import Receipt
+from vivace.errors import ArgumentError
+
+SEED_LIMIT = 1 << 64
+PICTURE_LIMIT = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one caller wants: pictures `index` .. `index + n - 1` of `seed` for a prompt.
+
+    plan: None for the session's first, or any plan that binds to its model and shape. latents: unit normal
+    [n, *latent] in place of the generator's draw 0. guidance_scale: in place of the plan's. image, mask: start picture
+    and weights of plans that read `input:start` and `mask`. inputs: further numbers and tensors by name.
+    """
+
+    prompt: Any = None
+    plan: Plan | None = None
+    n: int = 1
+    index: int = 0
+    seed: int = 0
+    latents: Tensor | None = None
+    guidance_scale: float | None = None
+    image: Any = None
+    mask: Any = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ArgumentError unless n, index and seed are integers in range."""
+        for name, value, low, high in (
+            ("n", self.n, 1, 1 << 20),
+            ("index", self.index, 0, PICTURE_LIMIT - (self.n if isinstance(self.n, int) else 0) + 1),
+            ("seed", self.seed, 0, SEED_LIMIT),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+                raise ArgumentError(f"request: {name} is {value!r}; an integer from {low} to {high - 1} is needed")
+
+    @property
+    def pictures(self) -> range:
+        """Numbers of the pictures of the seed."""
+        return range(self.index, self.index + self.n)
+
+    @property
+    def signed_seed(self) -> int:
+        """The 64-bit seed as the two's complement integer that tensors hold."""
+        return self.seed - SEED_LIMIT if self.seed >= SEED_LIMIT >> 1 else self.seed
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """A request under way. `row`: rows done; `done`: all of them; everything it owns is lanes of the session's pool."""
+
+    request: Request
+    plan: Plan
+    condition: Any
+    entry: Entry
+    lanes: tuple[int, ...]
+    owner: int
+    warnings: tuple[str, ...]
+    began: float
+    row: int = 0
+    closed: str = ""
+    records: list[Any] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Every row of the plan was executed."""
+        return self.row >= len(self.plan.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a step did for one state: the row executed, of how many, at which timestep; whether it was the last."""
+
+    row: int
+    rows: int
+    timestep: float
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Finished pictures: PIL images, latents [n, ...], the receipt, and the condition the prompt found."""
+
+    images: list[Any]
+    latents: Tensor
+    receipt: Receipt
+    condition: Any = None

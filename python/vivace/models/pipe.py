@@ -1,0 +1,210 @@
+"""`vivace.load`: a model ready to be compiled for plans."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vivace.engine.bind import ModelSpec
+from vivace.engine.passes import apply_guidance
+from vivace.engine.plan import Plan, Variant
+from vivace.engine.planning import make_plan
+from vivace.errors import ArgumentError, BackendError, UnsupportedError
+from vivace.models import pictures
+from vivace.models.load import LoadedModel, OpenModel
+from vivace.models.load import load as load_model
+from vivace.models.prompts import Match
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vivace.engine.session import Session
+
+
+class ClassDenoiser:
+    """The native DiT as the engine's `Denoiser`: conditions are classes found by prompt, uncond is the null label."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model, self.spec = model, model.spec
+        self.device, self.dtype = model.module.device, model.module.dtype
+
+    def encode(self, prompt: str | int | None) -> Match:
+        """The class of a prompt; None or "" is the null label. Raises PromptError with suggestions."""
+        return self.model.prompts.find(prompt)
+
+    def evaluate(
+        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Match], variant: Variant
+    ) -> tuple[Tensor, ...]:
+        """One prediction [n, C, H, W] per branch of the variant."""
+        import torch
+
+        ids = [condition.id for condition in conditions]
+        null = [self.model.classes] * len(ids)
+        labels = torch.tensor([ids if branch == "cond" else null for branch in variant.branches], device=x.device)
+        t = torch.tensor(timesteps, dtype=torch.float64, device=x.device)
+        return self.model.module(x, t, labels)
+
+    def to_latent(self, image: Any) -> Tensor:
+        """A PIL picture or path at model size, or a tensor as it is, as a latent [C, H, W]."""
+        import torch
+
+        return image if isinstance(image, torch.Tensor) else pictures.to_latent(image, self.model.shape)
+
+    def to_images(self, latents: Tensor) -> list[Any]:
+        """PIL pictures of latents; none for a model whose latents are not pixels."""
+        return pictures.to_images(latents) if self.model.pixels else []
+
+
+class Pipe:
+    """A loaded model. It holds weights and nothing of any request; `compile` makes sessions."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Schedule, prediction, latent shape, conditioning, blocks, tokens and fingerprint."""
+        return self.model.spec
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        """Defaults of the model: "guidance_scale", "solver", "steps"."""
+        return self.model.card
+
+    def compile(
+        self,
+        plan: Plan | Sequence[Plan],
+        *,
+        backend: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+    ) -> Session:
+        """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
+
+        Args:
+            backend: "auto" or "eager"; a backend asked for by name that cannot run here is an error.
+            device: "auto" takes a GPU when torch finds one. dtype: of the network, a torch dtype or its name; None keeps
+                the loaded one. The state between evaluations is float32 (float64 for a float64 network).
+            threads: CPU threads of this session; None is torch's number. batch: samples to make room for beforehand.
+        Raises: BackendError, PlanError, UnsupportedError, ArgumentError.
+        """
+        import torch
+
+        from vivace.engine.executors import make_executor
+        from vivace.engine.session import Session
+
+        for name, value in (("threads", threads), ("batch", batch)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ArgumentError(f"compile: {name} is {value!r}; a positive integer is needed")
+        denoiser = ClassDenoiser(self._placed(_device(device), _dtype(dtype)))
+        return Session(
+            denoiser,
+            [plan] if isinstance(plan, Plan) else list(plan),
+            make_executor(backend, denoiser),
+            shape=denoiser.spec.latent_shape,
+            state_dtype=torch.float64 if denoiser.dtype == torch.float64 else torch.float32,
+            threads=threads,
+            batch=batch,
+            expand=lambda given: given.bind(denoiser.spec),
+        )
+
+    def _placed(self, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
+        """The model on a device in a dtype; a copy unless it is there already."""
+        module = self.model.module
+        dtype = dtype or module.dtype
+        if module.device == device and module.dtype == dtype:
+            return self.model
+        moved = copy.copy(self.model)
+        object.__setattr__(moved, "module", copy.deepcopy(module).to(device, dtype))
+        return moved
+
+
+def load(source: str | PathLike[str], *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> Pipe:
+    """Load a model: the name of a bundled one ("emoji"), or a folder in the diffusers DiT format (safetensors only).
+
+    Raises: ModelError, naming the path and what to do; UnsupportedError for pipeline objects.
+    """
+    if not isinstance(source, (str, PathLike)):
+        raise UnsupportedError(f"load: a {type(source).__name__} object; this release loads folders and bundled names")
+    try:
+        import torch  # noqa: F401 - the network needs it; plans do not
+    except ImportError:
+        raise BackendError("load: torch is not installed; pip install 'vivace[torch]'") from None
+    return Pipe(load_model(source, device=device, dtype=_dtype(dtype)))
+
+
+def default_plan(
+    model: OpenModel,
+    solver: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    *,
+    grid: str | None = None,
+    final: str = "zero",
+    options: Mapping[str, Any] | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Plan:
+    """The plan of a model's card, with what is given in its place. Guidance 1 means none."""
+    card = model.card
+    plan = make_plan(
+        model.schedule,
+        solver=solver or card.get("solver", "unipc"),
+        steps=card.get("steps", 20) if steps is None else steps,
+        prediction=model.prediction,
+        grid=grid,
+        final=final,
+        **(options or {}),
+    )
+    scale = float(card.get("guidance_scale", 1.0)) if guidance is None else guidance
+    return plan if scale == 1.0 else apply_guidance(plan, scale, interval=interval)
+
+
+def choose_plan(
+    model: OpenModel, path: Path | None, solver: str | None, steps: int | None, guidance: float | None
+) -> Plan:
+    """A plan file, or the model's default with solver, steps and guidance in its place."""
+    if path is None:
+        return default_plan(model, solver, steps, guidance)
+    if solver is not None or steps is not None:
+        raise ArgumentError("--plan decides solver and steps; drop --solver and --steps, or drop --plan")
+    return Plan.load(path)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ArgumentError(f"compile: device {name!r}; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"compile: device {str(name)!r}, but torch finds no GPU; use device='cpu'")
+    return device
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    names = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "float64": torch.float64,
+    }
+    if given is None:
+        return None
+    dtype = names.get(given) if isinstance(given, str) else given
+    if dtype not in names.values():
+        raise ArgumentError(f"dtype {given!r}; use one of {', '.join(names)}")
+    return dtype

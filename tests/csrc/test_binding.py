@@ -1,0 +1,159 @@
+"""The binding refuses every number that would reach outside memory, and the pool survives threads and forks."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vivace.engine import noise
+
+_C = pytest.importorskip("vivace._C", reason="the extension is not built")
+
+OUT, NET, TENSOR, NOISE = 256, 768, 1024, 65536
+NUMEL, CAPACITY, SLOTS = 37, 3, 4
+
+
+def call(ints: dict[int, int] | None = None, **changes: Any) -> np.ndarray:
+    """A valid one-sample call, slot 1 <- 2 * slot 0, with entries of the row and arguments replaced."""
+    row, floats = np.zeros((1, 32), np.int32), np.zeros((1, 72), np.float32)
+    row[0, :2], row[0, 14:26], row[0, 26] = 1, -1, 1
+    floats[0, 0], floats[0, 64:68], floats[0, 68:] = 2.0, -np.inf, np.inf
+    for at, value in (ints or {}).items():
+        row[0, at] = value
+    pool = np.ones((SLOTS, CAPACITY, NUMEL), np.float32)
+    out = np.ones((1, NUMEL), np.float32)
+    arguments = {
+        "pool": pool.ctypes.data, "slots": SLOTS, "capacity": CAPACITY, "numel": NUMEL,
+        "outs": [(out.ctypes.data, NUMEL, "float32")], "net": 0, "net_dtype": "float32", "tensors": [],
+        "ints": row.ctypes.data, "floats": floats.ctypes.data, "table_rows": 1, "rows": [0], "index": [2],
+        "seeds": None, "pictures": None, "threads": 1,
+    }  # fmt: skip
+    _C.solver_step(**(arguments | changes))
+    return pool
+
+
+def test_the_valid_call_runs() -> None:
+    assert (call()[1, 2] == 2.0).all()
+
+
+BAD_CODES = {
+    "has 13 sources": {0: 13},
+    "has -1 sources": {0: -1},
+    "has 5 outputs": {1: 5},
+    "has -3 outputs": {1: -3},
+    "names pool slot 4 (source 0)": {2: 4},
+    "unknown code -1 (source 0)": {2: -1},
+    "unknown code 300 (source 0)": {2: 300},
+    "unknown code 40000 (source 0)": {2: 40000},
+    "reads branch 1": {2: OUT + 1},
+    "names tensor 0": {2: TENSOR},
+    "reads noise draw 3": {2: NOISE + 3},
+    "names pool slot 9 (scale 0)": {14: 9},
+    "unknown code -2 (scale 0)": {14: -2},
+    "names tensor 7 (scale 0)": {14: TENSOR + 7},
+    "writes to 4 (output 0)": {26: 4},
+    "writes to -1 (output 0)": {26: -1},
+    "writes to 2147483647": {26: 2**31 - 1},
+    "pass net": {26: NET},
+    "writes destination 1 twice": {1: 2, 27: 1},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CODES)
+def test_a_bad_code_is_refused(message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call(BAD_CODES[message])
+    assert message in str(caught.value)
+
+
+BAD_ARGUMENTS = {
+    "is at row 1": {"rows": [1]},
+    "is at row -1": {"rows": [-1]},
+    "is in lane 3": {"index": [3]},
+    "is in lane -1": {"index": [-1]},
+    "two samples are in lane 1": {"rows": [0, 0, 0], "index": [1, 2, 1]},
+    "index has 2 entries": {"index": [0, 1]},
+    "seeds has 3 entries": {"seeds": [1, 2, 3]},
+    "pictures has 0 entries": {"pictures": []},
+    "negative size": {"numel": -1},
+    "fits no memory": {"numel": 1 << 62},
+    "pool has 257 slots": {"slots": 257},
+    "pool has no memory": {"pool": 0},
+    "the table has no memory": {"floats": 0},
+    "a network output has no memory": {"outs": [(0, NUMEL, "float32")]},
+    "dtype float64": {"net_dtype": "float64"},
+    "dtype int8": {"outs": [(8, NUMEL, "int8")]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_a_bad_argument_is_refused(message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call(**BAD_ARGUMENTS[message])
+    assert message in str(caught.value)
+
+
+def test_a_bad_row_writes_nothing() -> None:
+    pool = np.ones((SLOTS, CAPACITY, NUMEL), np.float32)
+    with pytest.raises(ValueError):
+        call({1: 2, 27: 200}, pool=pool.ctypes.data)
+    assert (pool == 1.0).all()
+
+
+def test_codes_of_terms_without_a_coefficient_are_not_read() -> None:
+    assert (call({0: 2, 3: 9999, 15: 77})[1, 2] == 2.0).all()
+
+
+@pytest.mark.parametrize("changes", [{"rows": [], "index": []}, {"numel": 0, "pool": 0}])
+def test_an_empty_call_does_nothing(changes: dict[str, Any]) -> None:
+    assert (call(**changes) == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("numel", "seeds", "draw", "message"),
+    [
+        (-1, [0], 0, "must not be negative"),
+        (4, [0], -1, "draw"),
+        (4, [0], 1 << 32, "draw"),
+        (1 << 40, [0], 0, "at most"),
+    ],
+)
+def test_bad_noise_arguments_are_refused(numel: int, seeds: list[int], draw: int, message: str) -> None:
+    out = np.empty(4, np.float32)
+    with pytest.raises(ValueError, match=message):
+        _C.philox_normal(out.ctypes.data, numel, seeds, [0] * len(seeds), draw, 1)
+
+
+def big_noise() -> np.ndarray:
+    out = np.empty((1, 1 << 19), np.float32)  # enough work for two threads
+    _C.philox_normal(out.ctypes.data, out.size, [11], [2], 1, 2)
+    return out[0]
+
+
+def test_callers_at_the_same_time_get_the_same_bits() -> None:
+    expected = noise.normals(1 << 19, 11, picture=2, draw=1)
+    found: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend((big_noise() == expected).all() for _ in range(5)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 20 and all(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_makes_a_pool_of_its_own() -> None:
+    expected = big_noise()  # the parent's pool has threads now
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if (big_noise() == expected).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (big_noise() == expected).all()

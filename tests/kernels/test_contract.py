@@ -1,0 +1,163 @@
+"""The contract of every op: each implementation x case x dtype keeps it, and an op comes with its cases and its bench."""
+
+import copy
+import inspect
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from vivace.kernels import spec as specs
+from vivace.kernels.spec import Call, within_tolerance
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED_CASES = {"size 1", "size 123", "size 4097", "empty batch", "empty sample"}
+ALL = [
+    pytest.param(op, backend, case, dtype, id=f"{op.name}-{backend}-{case.name}-{dtype}", marks=pytest.mark.backend(backend))
+    for op in specs.ops()
+    for backend in op.backends
+    for case in op.cases()
+    for dtype in case.dtypes
+]
+every_case = pytest.mark.parametrize(("op", "backend", "case", "dtype"), ALL)
+every_op = pytest.mark.parametrize("op", specs.ops(), ids=lambda op: op.name)
+
+
+def public(op):
+    return getattr(import_module(f"vivace.kernels.{op.name}"), op.name)
+
+
+def device_of(backend):
+    return "cuda" if backend == "triton" and not specs.interpreted() else "cpu"
+
+
+def run(op, call, backend):
+    """What the call wrote or returned, on the host."""
+    result = public(op)(*call.args, **call.kwargs, backend=backend)
+    return [tensor.cpu() for tensor in (call.writes or (result,))]
+
+
+def before(call):
+    return [tensor.cpu().clone() for tensor in call.writes]
+
+
+def in_float64(call):
+    """The same numbers, all in float64."""
+
+    def convert(value):
+        if isinstance(value, torch.Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, (list, tuple)):
+            return type(value)(convert(item) for item in value)
+        return value.to("cpu", torch.float64) if hasattr(value, "floats") else value
+
+    converted = {id(tensor): convert(tensor) for tensor in call.writes}
+    args = tuple(converted[id(v)] if id(v) in converted else convert(v) for v in call.args)
+    kwargs = {k: converted[id(v)] if id(v) in converted else convert(v) for k, v in call.kwargs.items()}
+    return Call(args, kwargs, tuple(converted[id(tensor)] for tensor in call.writes))
+
+
+def same_bits(a, b):
+    """Equal bit for bit; NaN equals NaN of the same bits."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@every_case
+def test_error_stays_within_the_tolerance_rule(op, backend, case, dtype):
+    call = case.make(dtype, device_of(backend))
+    unwritten, actual = before(call), run(op, call, backend)
+    eager = run(op, case.make(dtype, "cpu"), "reference")
+    exact = run(op, in_float64(case.make(dtype, "cpu")), "reference")
+    absolute = op.tolerance if case.tolerance is None else case.tolerance
+    for a, b, c in zip(actual, eager, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        holds, error, bound = within_tolerance(a, b, c, absolute=absolute)
+        assert holds, f"error {error:.3g} exceeds {bound:.3g}"
+    for a, b, old in zip(actual, eager, unwritten, strict=False):
+        untouched = b == old
+        assert torch.equal(a[untouched], old[untouched]), "wrote where the definition writes nothing"
+
+
+@every_case
+def test_inputs_are_left_alone_and_a_repeat_has_the_same_bits(op, backend, case, dtype):
+    call = case.make(dtype, device_of(backend))
+    inputs = [value for value in call.args if isinstance(value, (list, tuple))]
+    held = copy.deepcopy(inputs)
+    first = run(op, call, backend)
+    for value, old in zip(inputs, held, strict=True):
+        assert all(same_bits(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(value, old, strict=True))
+    for a, b in zip(first, run(op, case.make(dtype, device_of(backend)), backend), strict=True):
+        assert same_bits(a, b)
+
+
+def solver_step_alone(call, b):
+    pool, outs, table, rows, index = call.args
+    kwargs = {k: v[b : b + 1] if k in ("seeds", "pictures") else v for k, v in call.kwargs.items()}
+    return replace(call, args=(pool, [out[b : b + 1] for out in outs], table, rows[b : b + 1], index[b : b + 1]), kwargs=kwargs)
+
+
+def philox_normal_alone(call, b):
+    shape, seeds, pictures, draw = call.args
+    return replace(call, args=(shape, seeds[b : b + 1], pictures[b : b + 1], draw))
+
+
+def solver_step_results(call, results, b):
+    lane, rank = int(call.args[4][b]), call.args[1][0].dim() - 1
+    return [tensor.select(tensor.dim() - rank - 1, lane) for tensor in results]  # [slots, lane, *L] and [lane, *L]
+
+
+def philox_normal_results(call, results, b):
+    return [results[0][b]]
+
+
+# Per op: the call of one sample, and one sample of a call's results.
+ALONE = {
+    "solver_step": (solver_step_alone, solver_step_results),
+    "philox_normal": (philox_normal_alone, philox_normal_results),
+}
+
+
+@every_case
+def test_a_sample_alone_has_the_bits_it_has_in_a_batch(op, backend, case, dtype):
+    alone, results_of = ALONE[op.name]
+    call = case.make(dtype, device_of(backend))
+    batch = run(op, call, backend)
+    for b in range(len(call.args[3 if op.name == "solver_step" else 1])):
+        single = alone(case.make(dtype, device_of(backend)), b)
+        results = results_of(single, run(op, single, backend), 0)
+        assert all(map(same_bits, results_of(call, batch, b), results))
+
+
+@every_op
+def test_op_has_the_required_cases_and_unique_names(op):
+    names = [case.name for case in op.cases()]
+    assert set(names) >= REQUIRED_CASES and len(set(names)) == len(names)
+
+
+@every_op
+def test_op_has_a_bench(op):
+    assert (ROOT / "bench" / "kernels" / f"{op.name}.py").is_file()
+
+
+@every_op
+def test_costs_are_positive_where_there_is_work(op):
+    for case in op.cases():
+        call = case.make(case.dtypes[0], "cpu")
+        moved, computed = op.bytes_moved(*call.args, **call.kwargs), op.flops(*call.args, **call.kwargs)
+        empty = case.name.startswith("empty")
+        assert (moved == 0 and computed == 0) if empty else (moved > 0 and computed >= 0), case.name
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [
+        pytest.param(op, backend, id=f"{op.name}-{backend}", marks=pytest.mark.backend(backend))
+        for op in specs.ops()
+        for backend in op.backends
+    ],
+)
+def test_implementation_takes_the_public_arguments(op, backend):
+    wanted = [name for name in inspect.signature(public(op)).parameters if name != "backend"]
+    assert list(inspect.signature(specs.load(op, backend)).parameters) == wanted

@@ -1,0 +1,76 @@
+"""The Triton kernels on a machine without a GPU: run by the interpreter, and compiled for Hopper ahead of time.
+
+Each needs its own process: triton reads TRITON_INTERPRET when it is imported. Both start at once.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vivace.kernels import ops
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def start(*arguments, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VIVACE_BACKEND")}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT, env=kept | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Output and exit code of both processes by name."""
+    files = [HERE / f"test_{name}.py" for name in ("contract", "solver_step", "philox_normal")]
+    pytest_options = ("-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider")
+    running = {
+        "interpreter": start(*pytest_options, *files, TRITON_INTERPRET="1"),
+        "compiler": start(HERE / "aot_compile.py", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))),
+    }
+    return {name: (*process.communicate(timeout=300), process.returncode) for name, process in running.items()}
+
+
+@pytest.fixture(scope="module")
+def usage(processes):
+    out, error, code = processes["compiler"]
+    assert code == 0, error
+    return json.loads(out)
+
+
+def test_interpreted_kernels_keep_the_contract(processes):
+    out, error, code = processes["interpreter"]
+    assert code == 0, out + error
+    passed = int(re.search(r"(\d+) passed", out)[1])
+    contract = 3 * sum(len(case.dtypes) for op in ops() for case in op.cases())
+    assert passed > contract and not re.search(r"failed|skipped|deselected \d+ tests of triton", out)
+
+
+def test_compiled_kernels_do_not_spill(usage):
+    assert set(usage) >= {"solver_step guided", "solver_step 12 x 4", "solver_step mixed plans", "philox_normal"}
+    for name, used in usage.items():
+        assert used["target"] == "sm_90a", name
+        assert used["stack"] == 0 and used["local"] == 0, f"{name} spills: {used}"
+        assert used["registers"] <= 255, name
+
+
+def test_plain_rows_leave_room_for_many_warps(usage):
+    limits = {"solver_step guided": 64, "solver_step stochastic": 80, "solver_step 12 x 4": 128, "philox_normal": 40}
+    assert {name: usage[name]["registers"] for name in limits if usage[name]["registers"] > limits[name]} == {}
+
+
+def test_compiled_kernels_move_16_bytes_at_a_time_and_round_as_the_definition_does(usage):
+    for name, used in usage.items():
+        assert "st.global.v4.b32" in used["ptx"], name
+        assert name == "philox_normal" or "ld.global.v4.b32" in used["ptx"], name
+        assert not [i for i in used["ptx"] if i.startswith("fma")], f"{name} fuses multiply and add"
+    assert "cvt.rn.bf16x2.f32" in usage["solver_step guided"]["ptx"]
+    assert "cvt.rn.f16x2.f32" in usage["solver_step scaled"]["ptx"]
+    assert any(i.startswith("sqrt.rn") for i in usage["philox_normal"]["ptx"])
