@@ -1,7 +1,7 @@
 """Timing: interleaved candidates, medians with spread, ratios with confidence intervals, and the report they go into.
 
-Two traps decide how candidates are interleaved. The threads of libgomp spin for some milliseconds after a parallel torch
-op and take the cores from whoever runs next, so every change of candidate waits until they sleep, then calls the
+Two traps decide how candidates are interleaved. The threads of libgomp spin for some milliseconds after a parallel
+torch op and take the cores from whoever runs next, so every change of candidate waits until they sleep, then calls the
 candidate once untimed: it finds its own threads awake and its own data in cache. And fresh memory costs more than the
 op: candidates write into memory that was written before.
 """

@@ -30,7 +30,7 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, added to t
 _LOW = 0xFFFFFFFF
 _BLOCK = 1 << 15  # counters at a time: temporaries stay in cache
 
-# Coefficients: minimax fits of our own, rounded to float32 and written exactly (csrc/ops/philox_normal.inl has the same).
+# Coefficients: minimax fits of our own, rounded to float32, written exactly; csrc/ops/philox_normal.inl has the same.
 # ln(1 + x) = x - x^2/2 + x^3 P(x) for x in [1/sqrt(2) - 1, sqrt(2) - 1]; relative error 6e-9, lowest degree first.
 LOG_POLY = (
     float.fromhex("0x1.555554p-2"), float.fromhex("-0x1.000228p-2"), float.fromhex("0x1.99a008p-3"),

@@ -9,7 +9,7 @@ Three kinds, each with its own time `t`:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -59,7 +59,8 @@ class NoiseSchedule:
         """
         table = _vector(betas, "betas")
         _require_range(table, "betas")
-        return cls._from_alphas_cumprod(np.cumprod(1.0 - table), Args.of({"kind": "vp", "betas": table.tolist()}))
+        product: FloatArray = np.cumprod(1.0 - table, dtype=np.float64)
+        return cls._from_alphas_cumprod(product, Args.of({"kind": "vp", "betas": table.tolist()}))
 
     @classmethod
     def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> NoiseSchedule:
@@ -117,7 +118,9 @@ class NoiseSchedule:
         table = getattr(config, "alphas_cumprod", None)
         if table is not None:
             values = as_numpy(table).astype(np.float64)
-        elif "beta_schedule" in fields or "trained_betas" in fields or name in (*KEEPS_TERMINAL_SIGNAL, "DDIMScheduler"):
+        elif (
+            "beta_schedule" in fields or "trained_betas" in fields or name in (*KEEPS_TERMINAL_SIGNAL, "DDIMScheduler")
+        ):
             values = alphas_cumprod_of(fields, name)
         else:
             raise UnsupportedError(f"{name or 'config'}: has no beta_schedule, trained_betas or flow matching shift")
@@ -142,7 +145,7 @@ class NoiseSchedule:
         kind = values.pop("kind", None)
         if kind == "vp" and "alphas_cumprod" in values:
             return cls._from_alphas_cumprod(_vector(values["alphas_cumprod"], "alphas_cumprod"), description)
-        makers = {"vp": cls.vp, "edm": cls.edm, "flow": cls.flow}
+        makers: dict[str, Callable[..., NoiseSchedule]] = {"vp": cls.vp, "edm": cls.edm, "flow": cls.flow}
         if kind not in makers:
             raise ArgumentError(f"schedule description: unknown kind {kind!r}; known: {', '.join(makers)}")
         return makers[kind](**values)
@@ -282,7 +285,7 @@ def alphas_cumprod_of(fields: Mapping[str, Any], name: str = "") -> FloatArray:
     else:
         raise UnsupportedError(f"beta_schedule={kind!r}: known are {', '.join(BETA_SCHEDULES)}, or give trained_betas")
     _require_range(betas, "betas")
-    table = np.cumprod(1.0 - betas)
+    table: FloatArray = np.cumprod(1.0 - betas, dtype=np.float64)
     if fields.get("rescale_betas_zero_snr"):
         root = np.sqrt(table)
         table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2

@@ -17,7 +17,7 @@ from vivace.engine.executors import Executor, Group
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
-from vivace.engine.probe import Probe, probe
+from vivace.engine.probe import Probe
 from vivace.engine.receipt import Timeline, make_receipt
 from vivace.engine.request import Report, Request, Result, State
 from vivace.errors import ArgumentError, DtypeError, ShapeError, StateError
@@ -53,14 +53,10 @@ class Session:
         self.timeline = Timeline(denoiser.device)
         if not plans:
             raise ArgumentError("compile: no plan given; pass one plan or several")
-        self.plans = tuple(self._bind(plan) for plan in plans)
+        self.probe = Probe(denoiser, shape) if probed else None
+        with self._threads():
+            self.plans = tuple(self._bind(plan) for plan in plans)
         self.pool.reserve(0, batch or 0)
-        self.probe: Probe | None = None
-        if probed:
-            variants = tuple(dict.fromkeys(v for plan in self.plans for v in plan.variants))
-            with self._threads():
-                self.probe = probe(denoiser, variants, shape)
-            executor.one_by_one = self.probe.one_by_one
 
     def __call__(
         self,
@@ -162,6 +158,9 @@ class Session:
         if plan not in self._bound:
             bound = self._expand(plan)
             self.executor.check(bound)
+            if self.probe is not None:
+                self.probe.cover(bound)
+                self.executor.one_by_one = self.probe.one_by_one
             self._bound[plan] = bound
         return self._bound[plan]
 

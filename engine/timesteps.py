@@ -1,7 +1,7 @@
 """Grids: the noise levels at which the network is evaluated, and the level of the result.
 
-Explicit `timesteps` are what the network is fed; explicit `sigmas` are sigma/alpha for VP (the convention of `diffusers`
-and k-diffusion), sigma for EDM, t for flow; both are taken as they are, without shift.
+Explicit `timesteps` are what the network is fed; explicit `sigmas` are sigma/alpha for VP (the convention of
+`diffusers` and k-diffusion), sigma for EDM, t for flow; both are taken as they are, without shift.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FINALS = ("zero", "sigma_min")
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """N rows and the final level. timesteps: N, as fed to the network; alphas, sigmas: N + 1, the last of the result."""
+    """N rows and a final level. timesteps [N]: as fed to the network; alphas, sigmas [N + 1]: last of the result."""
 
     timesteps: tuple[float, ...]
     alphas: tuple[float, ...]
@@ -63,8 +63,9 @@ def make_grid(
         steps: rows N, at least 1; VP: at most the number of training timesteps.
         grid: one of `GRIDS`; None: "karras" for EDM, else "uniform".
             uniform: t evenly spaced, unrounded. linspace, leading, trailing: integer training timesteps, spaced and
-            rounded as the multistep schedulers of `diffusers` do. logsnr: lam evenly spaced. karras: (sigma/alpha)^(1/rho)
-            evenly spaced (Karras et al. 2022, eq. 5; rho 7 except for EDM). Flow grids are shifted.
+            rounded as the multistep schedulers of `diffusers` do. logsnr: lam evenly spaced. karras:
+            (sigma/alpha)^(1/rho) evenly spaced (Karras et al. 2022, eq. 5; rho 7 except for EDM). Flow grids are
+            shifted.
         timesteps, sigmas: strictly towards less noise. A VP sigma beyond the trained range keeps its level; the network
             is fed the nearest trained timestep.
         final: "zero": the result has no noise; logsnr and karras spread N points down to sigma_min before it.
@@ -91,8 +92,8 @@ def make_grid(
 def _named(schedule: NoiseSchedule, name: str, steps: int, final: str) -> FloatArray:
     """t of a named grid: at least `steps` points."""
     if name == "uniform":
-        stop = 0.0 if schedule.kind == "flow" and final == "zero" else schedule.data_end
-        if schedule.kind == "flow":
+        stop = schedule.data_end
+        if schedule.kind == "flow":  # before the shift
             stop = 0.0 if final == "zero" else 1.0 / (schedule.train_steps or 1)
         return schedule.shifted(np.linspace(schedule.noise_end, stop, steps + 1))
     if name in SPACINGS:
@@ -119,8 +120,8 @@ def spaced(
 ) -> FloatArray:
     """Integer training timesteps, most noise first, spaced and rounded as `diffusers` does.
 
-    linspace: round(linspace(0, last - 1, points)); leading: k * floor(last / points) + offset; both without the smallest
-    where points = steps + 1. trailing: round(last - k * train_steps / steps) - 1 while above -1.
+    linspace: round(linspace(0, last - 1, points)); leading: k * floor(last / points) + offset; both without the
+    smallest where points = steps + 1. trailing: round(last - k * train_steps / steps) - 1 while above -1.
     Args:
         points: points spaced, steps + 1 (default) or steps; last: timesteps used, default all.
     Source: Lin et al. 2023, table 2.
@@ -128,10 +129,11 @@ def spaced(
     points = steps + 1 if points is None else points
     last = train_steps if last is None else last
     if kind == "linspace":
-        return np.linspace(0, last - 1, points).round()[::-1][:steps].copy()
+        return np.asarray(np.linspace(0.0, last - 1, points).round()[::-1][:steps], dtype=np.float64)
     if kind == "leading":
         return (np.arange(points) * float(last // points))[::-1][:steps] + offset
-    return np.arange(last, 0, -train_steps / steps).round()[:steps] - 1.0
+    points_down: FloatArray = np.arange(last, 0, -train_steps / steps, dtype=np.float64)
+    return points_down.round()[:steps] - 1.0
 
 
 def _from_times(schedule: NoiseSchedule, times: FloatArray, end: tuple[float, float], name: str = "") -> Grid:

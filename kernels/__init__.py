@@ -1,9 +1,9 @@
 """Kernels: small operations with one definition, several implementations and a visible choice between them.
 
-Each folder is one op: `__init__` holds the public function with its contract, `reference` the definition in plain torch,
-`cpu_impl` and `triton_impl` the fast ones. `spec` holds the registry and the choice of a backend. Importing this package
-imports neither torch nor triton; both are loaded on first use. Ops are imported from their folder, whose name they bear:
-`from vivace.kernels.solver_step import solver_step`.
+Each folder is one op: `__init__` holds the public function with its contract, `reference` the definition in plain
+torch, `cpu_impl` and `triton_impl` the fast ones. `spec` holds the registry and the choice of a backend. Importing this
+package imports neither torch nor triton; both are loaded on first use. An op bears the name of its folder, so it is
+imported from there: `from vivace.kernels.solver_step import solver_step`.
 """
 
 from __future__ import annotations

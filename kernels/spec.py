@@ -31,7 +31,7 @@ UNIT_ROUNDOFF: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of an op: `args` and `kwargs` as its public function takes them, `writes` the tensors it writes in place.
+    """One call of an op: `args`, `kwargs` as its public function takes them, `writes` the tensors it writes in place.
 
     An op that returns its result has no `writes`. Tensors of the call belong to it: nothing else holds them.
     """
@@ -125,7 +125,7 @@ def register(spec: OpSpec) -> OpSpec:
     if spec.name in _REGISTRY:
         raise ArgumentError(f"register: op {spec.name!r} exists already; give the new one another name")
     if unknown := [name for name in spec.impls if name not in BACKENDS or name == REFERENCE]:
-        raise ArgumentError(f"register: op {spec.name!r} has the unknown backend {unknown[0]!r}; use one of {BACKENDS[1:]}")
+        raise ArgumentError(f"register: {spec.name} has the unknown backend {unknown[0]!r}; use one of {BACKENDS[1:]}")
     _REGISTRY[spec.name] = spec
     return spec
 
@@ -184,7 +184,7 @@ def missing(backend: str) -> str | None:
 
 
 def interpreted() -> bool:
-    """Triton runs its kernels in Python on CPU tensors (its variable TRITON_INTERPRET, read when triton is imported)."""
+    """Triton runs kernels in Python on CPU tensors (its variable TRITON_INTERPRET, read when triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -257,9 +257,9 @@ def _decide(spec: OpSpec, device: str, dtype: str, name: str, origin: str) -> Ch
                 f"{spec.name}: {origin}{name} cannot run {where}: {reason}; name another backend or leave it to 'auto'"
             )
         return Choice(name, f"asked for by {origin}{name}; {where}")
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in AUTO.get(device, (REFERENCE,)):
         if (reason := why_not(spec, candidate, device, dtype)) is None:
             return Choice(candidate, "; ".join([where, *passed_over]))
         passed_over.append(f"not {candidate}: {reason}")
-    return Choice(REFERENCE, "; ".join([where, *passed_over]))
+    raise BackendError(f"{spec.name}: no backend runs {'; '.join([where, *passed_over])}")

@@ -78,8 +78,9 @@ def unipc3_table() -> StepTable:
     return build_table([(first, second)]).to("cpu", torch.float32)
 
 
-def eager_step(x: Tensor, cond: Tensor, uncond: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, m0: Tensor) -> None:
-    """The row in torch ops, in place as far as they go: eight passes."""
+def eager_step(problem: Problem, m0: Tensor) -> None:
+    """The row in torch ops, in place as far as they go: eight passes; the newest prediction goes to `m0`."""
+    (cond, uncond), (x, m1, m2, m3) = problem.outs, problem.pool
     torch.mul(x, X0[X], out=m0).add_(cond, alpha=X0[OUT]).add_(uncond, alpha=X0[OUT + 1])
     x.mul_(STEP[X]).add_(m1, alpha=STEP[M1]).add_(m2, alpha=STEP[M2]).add_(m3, alpha=STEP[M3]).add_(m0, alpha=STEP_M0)
 
@@ -112,7 +113,7 @@ def case_rows(case: str, shape: tuple[int, ...], dtype: str, quick: bool) -> lis
     reference, eager = problem.copy(), problem.copy()
     candidates["reference"] = Candidate(lambda: reference.run("reference"))
     spare = torch.zeros_like(eager.pool[0])
-    candidates["eager"] = Candidate(lambda: eager_step(eager.pool[X], *eager.outs, *eager.pool[M1:], spare))
+    candidates["eager"] = Candidate(lambda: eager_step(eager, spare))
     compiled, reason = (None, "not compiled in a quick run") if quick else compiled_step(problem.copy())
     if compiled is not None:
         candidates["torch.compile"] = Candidate(compiled)
@@ -155,7 +156,7 @@ def check(problem: Problem) -> None:
     if not torch.equal(exact.pool, kernel.pool):
         raise BackendError("bench solver_step: cpu differs from the reference; nothing was timed")
     m0 = torch.zeros_like(eager.pool[0])
-    eager_step(eager.pool[X], *eager.outs, *eager.pool[M1:], m0)
+    eager_step(eager, m0)
     for ours, theirs in ((exact.pool[X], eager.pool[X]), (exact.pool[M3], m0)):
         if not (ours - theirs).abs().max() <= 16 * UNIT_ROUNDOFF["float32"] * ours.abs().max():
             raise BackendError("bench solver_step: the eager peer computes something else; nothing was timed")
@@ -239,12 +240,13 @@ class DiffusersStep:
     STEPS, FIRST, LAST = 60, 4, 55
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        from diffusers import UniPCMultistepScheduler
+        import diffusers
 
         generator = torch.Generator().manual_seed(SEED)
         self.start, self.cond, self.uncond = (torch.randn(shape, generator=generator) for _ in range(3))
         self.guided, self.sample, self.at = torch.zeros(shape), self.start, self.LAST
-        self.scheduler: Any = UniPCMultistepScheduler(solver_order=3, beta_schedule="scaled_linear")
+        scheduler: Any = diffusers.UniPCMultistepScheduler
+        self.scheduler = scheduler(solver_order=3, beta_schedule="scaled_linear")
 
     def prepare(self, calls: int) -> None:
         """Begin again, past the warm-up of the method, when `calls` more steps would reach the last ones."""

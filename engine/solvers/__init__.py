@@ -1,6 +1,6 @@
 """Solvers: functions from a grid to rows of float64 coefficients, none with a loop over a network.
 
-A solver is `solver(grid, prediction, *, option=default, ...) -> tuple[Step, ...]`: its keyword arguments are its options.
+A solver is `solver(grid, prediction, *, option=default, ...) -> tuple[Step, ...]`: its keywords are its options.
 """
 
 from __future__ import annotations

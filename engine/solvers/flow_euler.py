@@ -20,8 +20,8 @@ def flow_euler(grid: Grid, prediction: str) -> tuple[Step, ...]:
     off = [row for row in range(grid.steps + 1) if abs(grid.alphas[row] + grid.sigmas[row] - 1.0) > 1e-6]
     if off:
         raise ArgumentError(
-            f"flow_euler: needs a flow schedule (alpha = 1 - sigma), but level {off[0]} has alpha={grid.alphas[off[0]]:g}, "
-            f"sigma={grid.sigmas[off[0]]:g}; use ddim, which is the same step for any schedule"
+            "flow_euler: needs a flow schedule (alpha = 1 - sigma), but level "
+            f"{off[0]} has (alpha, sigma) = {grid.level(off[0])}; use ddim, which is the same step for any schedule"
         )
     steps = []
     for row in range(grid.steps):

@@ -68,7 +68,7 @@ def falling_orders(steps: int, order: int, lower_order_final: bool) -> list[int]
 
 
 def usable_order(grid: Grid, row: int, order: int) -> int:
-    """Order that row can have: history that exists and lies at finite log-SNR; 1 for a step to sigma = 0 or of no length."""
+    """Order a row can have: of history at finite log-SNR; 1 for a step to sigma = 0 or of no length."""
     order = min(order, row + 1)
     ends = grid.level(row), grid.level(row + 1)
     if ends[1][1] == 0.0 or ends[0] == ends[1]:

@@ -19,23 +19,27 @@ def prepare(shape: Sequence[int], seeds: Any, pictures: Any, draw: int) -> tuple
         raise ShapeError(f"philox_normal: shape is {size}, needs sizes of 0 or more")
     if not 0 <= draw < 1 << 32:
         raise ArgumentError(f"philox_normal: draw is {draw}, needs 0 <= draw < 2^32")
-    seeds, pictures = (integers(v, f"philox_normal: {what}").long() for v, what in ((seeds, "seeds"), (pictures, "pictures")))
+    seeds = integers(seeds, "philox_normal: seeds").long()
+    pictures = integers(pictures, "philox_normal: pictures").long()
     if len(seeds) != len(pictures):
         raise ShapeError(f"philox_normal: {len(seeds)} seeds, {len(pictures)} pictures; give one of each per sample")
     return size, seeds, pictures
 
 
 def integers(values: Any, what: str) -> Tensor:
-    """A contiguous int64 or int32 tensor [B] from a tensor, an array or a list; unsigned 64-bit numbers keep their bits."""
+    """A contiguous int64 or int32 tensor [B] from a tensor, array or list; unsigned 64-bit numbers keep their bits."""
+    tensor: Tensor
     if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(values).view(_SIGNED.get(values.dtype, values.dtype)))
-    elif not isinstance(values, Tensor):
-        values = torch.tensor([signed(value) for value in values], dtype=torch.int64)
-    if values.dtype not in (torch.int64, torch.int32):
-        raise DtypeError(f"{what} is {str(values.dtype)[6:]}, needs int64 or int32")
-    if values.dim() != 1:
-        raise ShapeError(f"{what} has shape {tuple(values.shape)}, needs [B]")
-    return values.contiguous()
+        tensor = torch.from_numpy(np.ascontiguousarray(values).view(_SIGNED.get(values.dtype, values.dtype)))
+    elif isinstance(values, Tensor):
+        tensor = values
+    else:
+        tensor = torch.tensor([signed(value) for value in values], dtype=torch.int64)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"{what} is {str(tensor.dtype)[6:]}, needs int64 or int32")
+    if tensor.dim() != 1:
+        raise ShapeError(f"{what} has shape {tuple(tensor.shape)}, needs [B]")
+    return tensor.contiguous()
 
 
 def signed(value: Any) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vivace import _C
 from vivace.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def why_not(device: str, dtype: str) -> str | None:
@@ -35,6 +37,8 @@ def philox_normal(
     shape: Sequence[int], seeds: Tensor, pictures: Tensor, draw: int = 0, *, device: torch.device | str = "cpu"
 ) -> Tensor:
     """n[b, i] = Box-Muller of philox4x32-10(counter (i >> 2, pictures[b], draw), key seeds[b]), word i & 3."""
+    import torch
+
     out = torch.empty(len(seeds), *shape, dtype=torch.float32, device=device)
     threads = torch.get_num_threads()
     _C.philox_normal(out.data_ptr(), math.prod(shape), seeds.tolist(), pictures.tolist(), draw, threads)

@@ -3,6 +3,8 @@
 The float32 operations of `vivace.engine.noise`, one by one. Kernels that use `normal_block` must be launched with
 `enable_fp_fusion=False`: a fused multiply-add would round once where the definition rounds twice.
 """
+# Kernels are traced by triton, not typed.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ def on_device(device: torch.device) -> Any:
 
 
 @triton.jit
-def _philox_normal(out, seeds, pictures, draw, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _philox_normal(out, seeds, pictures, draw, size, BLOCK: tl.constexpr):
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     normals = normal_block(tl.load(seeds + sample), tl.load(pictures + sample), draw, first, BLOCK)
@@ -67,7 +69,7 @@ def _philox_normal(out, seeds, pictures, draw, size, BLOCK: tl.constexpr):  # ty
 
 
 @triton.jit
-def normal_block(seed, picture, draw, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def normal_block(seed, picture, draw, first, BLOCK: tl.constexpr):
     """Normals of elements first .. first + BLOCK - 1; first and BLOCK are multiples of 4, a counter makes four."""
     word0, word1, word2, word3 = philox_block(seed, picture, draw, first, BLOCK)
     n0, n1 = _box_muller(word0, word1)
@@ -76,7 +78,7 @@ def normal_block(seed, picture, draw, first, BLOCK: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def philox_block(seed, picture, draw, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def philox_block(seed, picture, draw, first, BLOCK: tl.constexpr):
     """Words 0..3, uint32 [BLOCK // 4] each, of the counters of `normal_block`."""
     counter = first // 4 + tl.arange(0, BLOCK // 4)
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
@@ -93,25 +95,25 @@ def philox_block(seed, picture, draw, first, BLOCK: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _multiply(word, MULTIPLIER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _multiply(word, MULTIPLIER: tl.constexpr):
     """High and low 32 bits of the product."""
     product = word.to(tl.uint64) * MULTIPLIER
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
-def _wrapping_add(word, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _wrapping_add(word, STEP: tl.constexpr):
     return (word.to(tl.uint64) + STEP).to(tl.uint32)
 
 
 @triton.jit
-def _uniform(word):  # type: ignore[no-untyped-def]
+def _uniform(word):
     """float32(word) * 2^-32 + 2^-33."""
     return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
-def _horner(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _horner(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):
     """Polynomial, lowest coefficient first."""
     acc = x * COEFFICIENTS[DEGREE] + COEFFICIENTS[DEGREE - 1]
     for i in tl.static_range(2, DEGREE + 1):
@@ -120,7 +122,7 @@ def _horner(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _log_uniform(word):  # type: ignore[no-untyped-def]
+def _log_uniform(word):
     """ln u: u = 2^e m with m in [1/sqrt(2), sqrt(2)), then e ln 2 + ln(1 + (m - 1))."""
     bits = _uniform(word).to(tl.int32, bitcast=True)
     shift = (bits - _SQRT_HALF_BITS) >> 23
@@ -135,7 +137,7 @@ def _log_uniform(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _box_muller(word0, word1):  # type: ignore[no-untyped-def]
+def _box_muller(word0, word1):
     """r cos(2 pi u1), r sin(2 pi u1) with r = sqrt(-2 ln u0)."""
     radius = tl.sqrt_rn(_log_uniform(word0) * -2.0)
     nearest = ((word1 >> 29) + 1) >> 1  # quarter turn, 0..4
@@ -150,6 +152,6 @@ def _box_muller(word0, word1):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _flip(value, two):  # type: ignore[no-untyped-def]
+def _flip(value, two):
     """The sign changes where `two` is 2 and stays where it is 0."""
     return (value.to(tl.uint32, bitcast=True) ^ (two << 30)).to(tl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""The fused solver step: guidance, conversion, the affine update and the history write of a row in one pass over memory."""
+"""The fused solver step: guidance, conversion, affine update and history write of a row in one pass over memory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def solver_step(
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), per sample.
 
-    Sample b runs row r = rows[b] of the table on lane index[b] of the pool; samples may run different rows. Per element,
-    every source is read before any y is written, so a destination may be a source. A source whose coefficients in the
-    row are all 0 is not read, a term with coefficient 0 adds nothing (NaN there stays there), NaN passes the clamp.
+    Sample b runs row r = rows[b] of the table on lane index[b] of the pool; samples may run different rows. Per
+    element, every source is read before any y is written, so a destination may be a source. A source whose coefficients
+    in the row are all 0 is not read, a term with coefficient 0 adds nothing (NaN there stays there), NaN passes the
+    clamp.
     Each product (source by scale, then by coefficient) and each sum is rounded on its own, in the dtype of the pool, j
     ascending, then l ascending: every backend gives the same bits in float32, noise aside.
 
@@ -61,8 +62,16 @@ def solver_step(
     if not len(call.rows) or not pool.numel():
         return
     load(SPEC, choice.backend)(
-        pool, call.outs, call.table, call.rows, call.index, net=net, tensors=tensors, seeds=call.seeds, pictures=call.pictures
-    )  # fmt: skip
+        pool,
+        call.outs,
+        call.table,
+        call.rows,
+        call.index,
+        net=net,
+        tensors=tensors,
+        seeds=call.seeds,
+        pictures=call.pictures,
+    )
 
 
 def _cases() -> tuple[Case, ...]:

@@ -1,4 +1,4 @@
-"""Inputs that `solver_step` is tested and timed on: every kind of source, scale and destination, and the awkward shapes."""
+"""Inputs that `solver_step` is tested and timed on: every kind of source, scale and destination, and awkward shapes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def make(
     layout: Callable[[Tensor], Tensor] | None = None,
     edit: Callable[[Tensor], None] | None = None,
 ) -> Call:
-    """One call: unit normals everywhere, outs and network input in `dtype`, the pool float32 (float64 if `dtype` is)."""
+    """One call on unit normals; outs and network input in `dtype`, the pool in float32, or float64 with them."""
     generator = torch.Generator().manual_seed(len(rows) + 16 * math.prod(shape))
     state = torch.float64 if dtype == "float64" else torch.float32
 

@@ -6,7 +6,8 @@ Nothing here reads device memory: rows, lanes and codes are checked where they a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ _OUTS = {
 }
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Prepared:
     """Inputs an implementation takes: torch throughout, every sample of `outs` contiguous, rows and index [B]."""
 
     outs: tuple[Tensor, ...]
@@ -63,7 +65,8 @@ def prepare(
     seeds, pictures = (_per_sample(v, what, batch) for v, what in ((seeds, "seeds"), (pictures, "pictures")))
     if rows.device.type == "cpu" and batch:
         needed = table.facts.reach[rows.numpy()].max(axis=0).tolist()
-        _check_reach(needed, (slots, len(outs), len(tensors), net is not None, seeds is not None and pictures is not None))
+        noise = seeds is not None and pictures is not None
+        _check_reach(needed, (slots, len(outs), len(tensors), net is not None, noise))
     return Prepared(outs, table, rows, index, seeds, pictures)
 
 
@@ -83,7 +86,8 @@ def _table(table: StepTable, pool: Tensor) -> StepTable:
     if table.floats.dtype != pool.dtype:
         raise DtypeError(f"solver_step: table is {table.dtype}, pool {_name(pool)}; use table.to(device, dtype)")
     if table.ints.device != pool.device:
-        raise ArgumentError(f"solver_step: table is on {table.ints.device}, pool on {pool.device}; use table.to(device)")
+        where = f"table is on {table.ints.device}, pool on {pool.device}"
+        raise ArgumentError(f"solver_step: {where}; use table.to(device)")
     return table
 
 
@@ -93,7 +97,9 @@ def _check_range(values: Tensor, stop: int, what: str, of: str) -> None:
         numbers = values.tolist()
         low, high = min(numbers), max(numbers)
         if low < 0 or high >= stop:
-            raise ArgumentError(f"solver_step: {what} reach from {low} to {high}, there are {stop} {of}; use 0..{stop - 1}")
+            raise ArgumentError(
+                f"solver_step: {what} reach from {low} to {high}, there are {stop} {of}; use 0..{stop - 1}"
+            )
 
 
 def _out(out: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:
@@ -123,9 +129,12 @@ def _check_net(net: Tensor, shape: tuple[int, ...], pool: Tensor) -> None:
 
 def _check_shape(tensor: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> None:
     if tuple(tensor.shape) != shape:
-        raise ShapeError(f"solver_step: {what} has shape {tuple(tensor.shape)}, needs {shape} beside pool {tuple(pool.shape)}")
+        raise ShapeError(
+            f"solver_step: {what} has shape {tuple(tensor.shape)}, needs {shape} beside pool {tuple(pool.shape)}"
+        )
     if tensor.device != pool.device:
-        raise ArgumentError(f"solver_step: {what} is on {tensor.device}, pool on {pool.device}; move it with .to(device)")
+        where = f"{what} is on {tensor.device}, pool on {pool.device}"
+        raise ArgumentError(f"solver_step: {where}; move it with .to(device)")
 
 
 def _per_sample(values: Any, what: str, batch: int) -> Tensor | None:
@@ -151,4 +160,3 @@ def _check_reach(needed: Sequence[int], given: Sequence[int]) -> None:
 
 def _name(tensor: Tensor) -> str:
     return str(tensor.dtype)[6:]
-

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vivace.kernels.solver_step.table import (
-    DESTINATION_AT, LOW_AT, NET, NONE, ONE, OUT, OUTPUTS, PREV_AT, SCALE_AT, SOURCE_AT, SOURCES, TENSOR, NOISE, StepTable
-)  # fmt: skip
+from vivace.kernels.solver_step import table as t
+from vivace.kernels.solver_step.table import StepTable
 
 
 def bytes_moved(
@@ -20,16 +19,16 @@ def bytes_moved(
     total = 0
     for ints, floats in _rows(table, rows):
         n, m = int(ints[0]), int(ints[1])
-        used = (floats[:PREV_AT].reshape(OUTPUTS, SOURCES)[:m, :n] != 0).any(axis=0)
-        codes = set(ints[SOURCE_AT:][:n][used].tolist()) | set(ints[SCALE_AT:][:n][used].tolist())
-        for code in codes - {NONE, ONE}:
-            if OUT <= code < ONE:
-                total += int(outs[code - OUT].element_size())
-            elif code < OUT or TENSOR <= code < NOISE:
+        used = (floats[: t.PREV_AT].reshape(t.OUTPUTS, t.SOURCES)[:m, :n] != 0).any(axis=0)
+        codes = set(ints[t.SOURCE_AT :][:n][used].tolist()) | set(ints[t.SCALE_AT :][:n][used].tolist())
+        for code in codes - {t.NONE, t.ONE}:
+            if t.OUT <= code < t.ONE:
+                total += int(outs[code - t.OUT].element_size())
+            elif code < t.OUT or t.TENSOR <= code < t.NOISE:
                 total += int(pool.element_size())
-        for code in ints[DESTINATION_AT:][:m].tolist():
-            total += int((net if code == NET else pool).element_size())
-    return total * math.prod(pool.shape[2:])
+        for code in ints[t.DESTINATION_AT :][:m].tolist():
+            total += int((net if code == t.NET else pool).element_size())
+    return total * int(math.prod(pool.shape[2:]))
 
 
 def flops(pool: Any, outs: Sequence[Any], table: StepTable, rows: Any, index: Any, **_: Any) -> int:
@@ -37,10 +36,10 @@ def flops(pool: Any, outs: Sequence[Any], table: StepTable, rows: Any, index: An
     total = 0
     for ints, floats in _rows(table, rows):
         n, m = int(ints[0]), int(ints[1])
-        coef = floats[:PREV_AT].reshape(OUTPUTS, SOURCES)[:m, :n]
-        total += 2 * np.count_nonzero(coef) + 2 * np.count_nonzero(floats[PREV_AT:LOW_AT])
-        total += np.count_nonzero((ints[SCALE_AT:][:n] != NONE) & (coef != 0).any(axis=0))
-    return int(total) * math.prod(pool.shape[2:])
+        coef = floats[: t.PREV_AT].reshape(t.OUTPUTS, t.SOURCES)[:m, :n]
+        total += 2 * int(np.count_nonzero(coef)) + 2 * int(np.count_nonzero(floats[t.PREV_AT : t.LOW_AT]))
+        total += int(np.count_nonzero((ints[t.SCALE_AT :][:n] != t.NONE) & (coef != 0).any(axis=0)))
+    return total * int(math.prod(pool.shape[2:]))
 
 
 def _rows(table: StepTable, rows: Any) -> list[tuple[Any, Any]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vivace import _C
 from vivace.kernels.philox_normal.cpu_impl import chosen_isa
-from vivace.kernels.solver_step.table import StepTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vivace.kernels.solver_step.table import StepTable
 
 
 def why_not(device: str, dtype: str) -> str | None:
@@ -37,6 +39,8 @@ def solver_step(
 
     Uses at most `torch.get_num_threads()` threads of the extension's own pool; the bits do not depend on them.
     """
+    import torch
+
     _C.solver_step(
         pool=pool.data_ptr(),
         slots=pool.shape[0],

@@ -1,4 +1,4 @@
-"""Rows of the fused solver step as fixed-width arrays: which tensors a sample reads, with which numbers, where results go.
+"""Rows of the fused solver step as fixed-width arrays: what a sample reads, with which numbers, where results go.
 
     y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k)
 
@@ -81,14 +81,13 @@ class StepTable:
         _check(self.ints, "ints", INTS, ("int32",))
         _check(self.floats, "floats", FLOATS, ("float32", "float64"))
         if self.ints.shape[0] != self.floats.shape[0]:
-            raise ShapeError(
-                f"StepTable: ints have {self.ints.shape[0]} rows, floats {self.floats.shape[0]}; give both for every row"
-            )
+            rows = f"ints have {self.ints.shape[0]} rows, floats {self.floats.shape[0]}"
+            raise ShapeError(f"StepTable: {rows}; give both for every row")
         if self.facts is None:
             if not on_host(self.ints):
                 raise ArgumentError(
-                    f"StepTable: ints are on {self.ints.device} and no facts are given; build the table on the host and "
-                    "move it with .to(device), or give facts"
+                    f"StepTable: ints are on {self.ints.device} and no facts are given; build the table on the host "
+                    "and move it with .to(device), or give facts"
                 )
             object.__setattr__(self, "facts", read_facts(np.asarray(self.ints)))
 
@@ -162,7 +161,7 @@ def build_row(outputs: Sequence[Output]) -> tuple[NDArray[np.int32], NDArray[np.
         for source, scale, number in output.terms:
             j = position.setdefault((source, scale), len(position))
             if j >= SOURCES:
-                raise ArgumentError(f"build_row: output {k} brings source {j + 1}, at most {SOURCES} fit; split the row")
+                raise ArgumentError(f"build_row: output {k} brings source {j + 1}, at most {SOURCES} fit; split it")
             ints[SOURCE_AT + j], ints[SCALE_AT + j], coef[k, j] = source, scale, number
         prev[k, : len(output.prev)] = output.prev
         ints[DESTINATION_AT + k] = output.destination
@@ -198,7 +197,7 @@ def read_facts(ints: NDArray[np.int32]) -> Facts:
     for what, codes, known in (
         ("source", source, _is_source), ("scale", scale, _is_scale), ("destination", destination, _is_destination)
     ):  # fmt: skip
-        bad = ~known(codes) & ((here if what != "destination" else written))
+        bad = ~known(codes) & (written if what == "destination" else here)
         if bad.any():
             raise ArgumentError(f"StepTable: row {np.argwhere(bad)[0][0]} has the unknown {what} code {codes[bad][0]}")
     if (destination == NET).sum(axis=1).max(initial=0) > 1:
@@ -207,7 +206,8 @@ def read_facts(ints: NDArray[np.int32]) -> Facts:
     tensors = np.concatenate([np.where(codes < NOISE, codes, NONE) - TENSOR for codes in (source, scale)], axis=1)
     outs = np.where(source < ONE, source - OUT, NONE)
     counts = [np.maximum(found.max(axis=1, initial=NONE), NONE) + 1 for found in (slots, outs, tensors)]
-    reach = np.stack([*counts, (destination == NET).any(axis=1), (source >= NOISE).any(axis=1)], axis=1).astype(np.int64)
+    flags = [(destination == NET).any(axis=1), (source >= NOISE).any(axis=1)]
+    reach = np.stack([*counts, *flags], axis=1).astype(np.int64)
     kinds = sum(bit * found.any(axis=0) for bit, found in _kinds(source, scale)) + np.zeros(SOURCES, int)
     return Facts(tuple(int(kind) for kind in kinds[: int(n.max(initial=0))]), int(m.max(initial=0)), *_widest(reach))
 
@@ -271,7 +271,8 @@ def _check_output(k: int, output: Output) -> None:
     if not all(math.isfinite(number) for number in (*(term[2] for term in output.terms), *output.prev)):
         raise ArgumentError(f"build_row: output {k} has a coefficient that is not finite; check the row's numbers")
     if not output.low <= output.high:
-        raise ArgumentError(f"build_row: output {k} is clamped to [{output.low}, {output.high}]; low must not exceed high")
+        limits = f"[{output.low}, {output.high}]"
+        raise ArgumentError(f"build_row: output {k} is clamped to {limits}; low must not exceed high")
 
 
 def _check(array: Any, what: str, width: int, dtypes: tuple[str, ...]) -> None:

@@ -1,12 +1,14 @@
 """`solver_step` on a GPU: one kernel, one program per (block of elements, sample).
 
 A program reads its row's codes and numbers as scalars, then loads every source it needs, sums, and writes. A load is
-masked by "element < limit" with a limit of 0 for what the row does not read: no branch, no traffic. What never occurs in
-a table is left out when the kernel is compiled (`Facts.kinds`). Fusion is off, so float32 has the reference's bits.
+masked by "element < limit" with a limit of 0 for what the row does not read: no branch, no traffic. What never occurs
+in a table is left out when the kernel is compiled (`Facts.kinds`). Fusion is off, so float32 has the reference's bits.
 
 Side-car tensors come as an array of addresses, made once for a set of tensors and kept; network outputs change every
 call and come as pointers of their own. Neither copies a tensor nor waits for the device.
 """
+# Kernels are traced by triton, not typed.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -34,11 +36,13 @@ _PREV_AT, _LOW_AT, _HIGH_AT = (tl.constexpr(c) for c in (codes.PREV_AT, codes.LO
 _ROW_OUTPUTS = tl.constexpr(codes.OUTPUTS)
 _FROM_POOL, _FROM_TENSOR = tl.constexpr(codes.FROM_POOL), tl.constexpr(codes.FROM_TENSOR)
 _FROM_OUT, _FROM_NOISE = tl.constexpr(codes.FROM_OUT), tl.constexpr(codes.FROM_NOISE)
+_MINUS_ZERO_BITS = tl.constexpr(-(1 << 31))  # triton before 3.9 reads the literal -0.0 as 0.0
 
 
 def why_not(device: str, dtype: str) -> str | None:
     """Why this cannot run on tensors of `device` with a pool of `dtype`; None when it can."""
-    return philox.why_not(device, dtype) or (None if dtype == "float32" else f"its pool is float32, this one is {dtype}")
+    reason = philox.why_not(device, dtype)
+    return reason if reason or dtype == "float32" else f"its pool is float32, this one is {dtype}"
 
 
 def solver_step(
@@ -93,7 +97,7 @@ def solver_step(
 
 
 def _kinds_given(kinds: tuple[int, ...], outs: bool, tensors: bool, noise: bool) -> tuple[int, ...]:
-    """`Facts.kinds` less what this call does not give: other rows of the table may need it, the rows run here do not."""
+    """`Facts.kinds` less what this call does not give: other rows of the table may need it, those run here do not."""
     absent = 0 if outs else codes.FROM_OUT
     absent |= 0 if tensors else codes.FROM_TENSOR | codes.SCALED_BY_TENSOR
     absent |= 0 if noise else codes.FROM_NOISE
@@ -107,7 +111,7 @@ def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _solver_step(  # type: ignore[no-untyped-def]
+def _solver_step(
     pool,
     outs,  # tuple of pointers, one a branch
     out_strides,  # elements between samples, one a branch
@@ -170,15 +174,15 @@ def _solver_step(  # type: ignore[no-untyped-def]
 
     results = ()
     for k in tl.static_range(OUTPUTS):
-        total = tl.full([BLOCK], -0.0, tl.float32)  # -0 + x is x, bit for bit
+        total = tl.full([BLOCK], _MINUS_ZERO_BITS, tl.int32).to(tl.float32, bitcast=True)  # -0 + x is x, bit for bit
         empty = n >= 0
         for j in tl.static_range(N):
             c = coef[j * OUTPUTS + k]
             total = tl.where(c != 0.0, total + c * values[j], total)
             empty = empty & (c == 0.0)
-        for l in tl.static_range(k):
-            p = tl.load(floats + _PREV_AT + k * _ROW_OUTPUTS + l, mask=k < m, other=0.0)
-            total = tl.where(p != 0.0, total + p * results[l], total)
+        for earlier in tl.static_range(k):
+            p = tl.load(floats + _PREV_AT + k * _ROW_OUTPUTS + earlier, mask=k < m, other=0.0)
+            total = tl.where(p != 0.0, total + p * results[earlier], total)
             empty = empty & (p == 0.0)
         total = tl.where(empty, 0.0, total)
         low, high = tl.load(floats + _LOW_AT + k), tl.load(floats + _HIGH_AT + k)
@@ -196,7 +200,7 @@ def _solver_step(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _read(  # type: ignore[no-untyped-def]
+def _read(
     code, limit, state, slot_stride, tensors, element, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A pool slot or a side-car tensor, whichever `code` names; ones where it names neither or nothing is read."""

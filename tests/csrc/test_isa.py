@@ -1,4 +1,4 @@
-"""Every instruction set gives the bits of the definition, whatever the threads, the alignment and the way of storing."""
+"""Every instruction set gives the bits of the definition, whatever the threads, the alignment, the way of storing."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for Hopper without a GPU and prints what the assembler used, as JSON. Run by test_triton.
 
-    python aot_compile.py  ->  {"solver_step guided": {"registers": 47, "stack": 0, "local": 0, ...}, ...}
+{"solver_step guided": {"registers": 47, "stack": 0, "local": 0, ...}, ...}
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str)
     side_car = any(kind & (t.FROM_TENSOR | t.SCALED_BY_TENSOR) for kind in kinds)
     signature = {
         "pool": "*fp32", "outs": (f"*{dtype}",) * branches, "out_strides": ("i32",) * branches, "net": f"*{dtype}",
-        "tensors": "*i64" if side_car else "constexpr", "ints": "*i32", "floats": "*fp32", "rows": "*i64", "index": "*i64",
+        "tensors": "*i64" if side_car else "constexpr", "ints": "*i32", "floats": "*fp32",
+        "rows": "*i64", "index": "*i64",
         "seeds": "*i64" if noise else "constexpr", "pictures": "*i64" if noise else "constexpr",
         "size": "i32", "slot_stride": "i32",
     }  # fmt: skip
@@ -67,16 +68,23 @@ def compiled(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], 
 
 
 def usage(kernel: Any) -> dict[str, Any]:
-    """Registers, stack and local bytes a thread from the cubin; the memory and rounding instructions of the PTX."""
+    """Registers, stack and local bytes a thread, fused multiply-adds; the PTX's memory and rounding instructions."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        text = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        text, code = (cuobjdump(what, cubin) for what in ("-res-usage", "-sass"))
     found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
     ptx = kernel.asm["ptx"]
     told = sorted(set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt)\.[\w.]+)", ptx)))
+    fused = len(re.findall(r"\bFFMA", code))  # a correctly rounded square root has some
     target = re.search(r"\.target (\w+)", ptx)[1]
-    return {"target": target, "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "ptx": told}
+    numbers = {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "fused": fused}
+    return {"target": target, "ptx": told} | numbers
+
+
+def cuobjdump(what: str, cubin: Path) -> str:
+    """Output of the tool that comes with triton."""
+    return subprocess.run([BIN / "cuobjdump", what, cubin], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The contract of every op: each implementation x case x dtype keeps it, and an op comes with its cases and its bench."""
+"""The contract of every op: each implementation x case x dtype keeps it; an op comes with its cases and its bench."""
 
 import copy
 import inspect
@@ -15,7 +15,9 @@ from vivace.kernels.spec import Call, within_tolerance
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED_CASES = {"size 1", "size 123", "size 4097", "empty batch", "empty sample"}
 ALL = [
-    pytest.param(op, backend, case, dtype, id=f"{op.name}-{backend}-{case.name}-{dtype}", marks=pytest.mark.backend(backend))
+    pytest.param(
+        op, backend, case, dtype, id=f"{op.name}-{backend}-{case.name}-{dtype}", marks=pytest.mark.backend(backend)
+    )
     for op in specs.ops()
     for backend in op.backends
     for case in op.cases()
@@ -95,7 +97,8 @@ def test_inputs_are_left_alone_and_a_repeat_has_the_same_bits(op, backend, case,
 def solver_step_alone(call, b):
     pool, outs, table, rows, index = call.args
     kwargs = {k: v[b : b + 1] if k in ("seeds", "pictures") else v for k, v in call.kwargs.items()}
-    return replace(call, args=(pool, [out[b : b + 1] for out in outs], table, rows[b : b + 1], index[b : b + 1]), kwargs=kwargs)
+    args = (pool, [out[b : b + 1] for out in outs], table, rows[b : b + 1], index[b : b + 1])
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def philox_normal_alone(call, b):

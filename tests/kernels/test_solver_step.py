@@ -10,11 +10,9 @@ from vivace.engine.noise import normals
 from vivace.errors import ArgumentError, DtypeError, ShapeError
 from vivace.kernels import spec
 from vivace.kernels.solver_step import SPEC, Output, StepTable, build_row, build_table, solver_step
+from vivace.kernels.solver_step import table as t
 from vivace.kernels.solver_step.cases import ALPHA, LAM, SIGMA, UNIPC3, euler_row, guided_row, make, noise_row
-from vivace.kernels.solver_step.table import (
-    FROM_NOISE, FROM_OUT, FROM_POOL, FROM_TENSOR, NET, NOISE, NONE, ONE, OUT, SCALED_BY_POOL, SCALED_BY_TENSOR, TENSOR,
-    Facts,
-)  # fmt: skip
+from vivace.kernels.solver_step.table import NET, NOISE, NONE, ONE, OUT, TENSOR, Facts
 
 CASES = [pytest.param(c, d, id=f"{c.name}-{d}") for c in SPEC.cases() for d in c.dtypes]
 on_every_backend = pytest.mark.parametrize(
@@ -161,12 +159,12 @@ def test_a_row_is_laid_out_as_the_table_says():
 def test_facts_tell_what_the_codes_reach():
     scaled = [Output(4, [(3, 6, 1.0), (NOISE, TENSOR + 2, 1.0)])]
     table = build_table([euler_row(), scaled, [Output(NET, [(OUT + 2, NONE, 1.0)])]])
-    kinds = (FROM_POOL | SCALED_BY_POOL | FROM_OUT, FROM_OUT | FROM_NOISE | SCALED_BY_TENSOR)
+    kinds = (t.FROM_POOL | t.SCALED_BY_POOL | t.FROM_OUT, t.FROM_OUT | t.FROM_NOISE | t.SCALED_BY_TENSOR)
     reach = [[1, 1, 0, 0, 0], [7, 0, 3, 0, 1], [0, 3, 0, 1, 0]]  # slots, branches, tensors, net, noise of each row
     facts = Facts(kinds, outputs=1, slots=7, branches=3, tensors=3, net=True, reach=np.array(reach))
     assert table.facts == facts and table.facts.reach.tolist() == reach and table.facts.noise
     assert not build_table([euler_row()]).facts.noise
-    assert build_table([[Output(0, [(TENSOR, NONE, 1.0)])]]).facts.kinds == (FROM_TENSOR,)
+    assert build_table([[Output(0, [(TENSOR, NONE, 1.0)])]]).facts.kinds == (t.FROM_TENSOR,)
 
 
 def test_tables_convert_and_concatenate():

@@ -138,6 +138,7 @@ def _count(value: Any, name: str, where: str) -> None:
 
 
 def _one_of(values: Mapping[str, Any], name: str, allowed: tuple[Any, ...], where: str) -> None:
-    """Refuse a value that is not listed."""
-    if values[name] not in allowed or (isinstance(values[name], bool) and not any(values[name] is a for a in allowed)):
-        raise ModelError(f"{where}: {name} is {values[name]!r}; supported: {', '.join(map(repr, allowed))}")
+    """Refuse a value that is not listed; 1 is not True."""
+    value = values[name]
+    if not any(type(value) is type(other) and value == other for other in allowed):
+        raise ModelError(f"{where}: {name} is {value!r}; supported: {', '.join(map(repr, allowed))}")

@@ -1,0 +1,112 @@
+"""Makers of plans: from a schedule, a solver and a grid; the tail of a plan; a plan again from its recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vivace.engine import from_diffusers, passes
+from vivace.engine.from_diffusers import first_row
+from vivace.engine.noise_schedule import NoiseSchedule
+from vivace.engine.plan import PREDICTIONS, Args, Plan, Recipe
+from vivace.engine.solvers import solver_options, solver_rows
+from vivace.engine.solvers.rows import start_from_latent, start_from_noise
+from vivace.engine.timesteps import choose, make_grid, numbers
+from vivace.engine.verify import verify
+from vivace.errors import ArgumentError, PlanError
+
+MAKERS = ("make_plan", "from_diffusers")
+
+
+def make_plan(
+    schedule: NoiseSchedule,
+    solver: str = "unipc",
+    steps: int = 20,
+    *,
+    prediction: str = "eps",
+    grid: str | None = None,
+    timesteps: Any = None,
+    sigmas: Any = None,
+    final: str = "zero",
+    **options: Any,
+) -> Plan:
+    """A plan of `steps` evaluations; needs no model.
+
+    Args:
+        solver, options: a name of `solvers.SOLVERS` and its own options.
+        prediction: what the network returns, "eps" | "x0" | "v" | "flow".
+        grid, timesteps, sigmas, final: see `timesteps.make_grid`; grid None: "karras" for EDM, else "uniform".
+    Returns: a verified, unbound plan. First state: c * noise, c = 1 (VP, flow) or the first sigma (EDM).
+    Raises: ArgumentError, PlanError ("eps" from pure noise).
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        raise ArgumentError(f"schedule: needs a NoiseSchedule, got {type(schedule).__name__}")
+    arguments: dict[str, Any] = {"schedule": schedule.describe(), "solver": solver, "steps": steps}
+    arguments |= {"prediction": prediction, "final": final}
+    explicit = {
+        name: numbers(v, name).tolist() for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None
+    }
+    arguments |= explicit
+    if grid is not None:
+        arguments["grid"] = grid
+    choose("prediction", prediction, PREDICTIONS)
+    for option in options:
+        choose(f"{solver}: option", option, tuple(solver_options(solver)))
+    try:
+        recorded = Args.of(arguments | options)
+    except TypeError as error:
+        raise ArgumentError(f"make_plan: {error}") from error
+    return _make(recorded, 1.0)
+
+
+def tail_plan(plan: Plan, strength: float) -> Plan:
+    """The last int(steps * strength) rows, planned anew from the recipe so that multistep warm-up restarts.
+
+    The first state is alpha * `input:start` + sigma * noise at the level of the first row kept. Passes are applied
+    again; the result is unbound. Strength 1 is the plan itself.
+    Raises: PlanError for a plan without recipe or one that is a tail already; ArgumentError for strength.
+    """
+    if plan.recipe is None:
+        raise PlanError(
+            "tail: the plan has no recipe to plan it anew from; make it with make_plan or Plan.from_diffusers"
+        )
+    if plan.recipe.tail != 1.0:
+        raise PlanError(f"tail: the plan is a tail of strength {plan.recipe.tail:g} already; take it of the full plan")
+    if first_row(len(plan.steps), strength) == 0:
+        return plan
+    return replan(plan.recipe, tail=float(strength))
+
+
+def replan(recipe: Recipe, **changes: Any) -> Plan:
+    """The plan of a recipe: its maker run again with `changes` to its arguments, then its passes in order.
+
+    changes: arguments of the maker (steps=, solver=, order=, ...; None removes one), or tail= (strength in (0, 1]).
+    Raises: whatever the maker raises; PlanError for an unknown maker or pass.
+    """
+    if recipe.maker not in MAKERS:
+        raise PlanError(f"recipe: unknown maker {recipe.maker!r}; known: {', '.join(MAKERS)}")
+    tail = changes.pop("tail", recipe.tail)
+    merged = recipe.arguments.to_dict() | changes
+    arguments = Args.of({name: value for name, value in merged.items() if value is not None})
+    plan = _make(arguments, tail) if recipe.maker == "make_plan" else from_diffusers.remake(arguments, tail)
+    for name, args in recipe.passes:
+        if name not in passes.__all__:
+            raise PlanError(f"recipe: unknown pass {name!r}; known: {', '.join(passes.__all__)}")
+        plan = getattr(passes, name)(plan, **args.to_dict())
+    return plan
+
+
+def _make(arguments: Args, tail: float) -> Plan:
+    """`make_plan` from its recorded arguments, cut to its tail."""
+    values = arguments.to_dict()
+    schedule = NoiseSchedule.restore(Args.of(values.pop("schedule")))
+    solver, steps = values.pop("solver"), values.pop("steps")
+    prediction = values.pop("prediction")
+    places = {name: values.pop(name) for name in ("grid", "timesteps", "sigmas", "final") if name in values}
+    grid = make_grid(schedule, steps, **places)
+    first = first_row(grid.steps, tail)
+    if first and "disable_corrector" in values:  # names rows of the full plan
+        values["disable_corrector"] = [row - first for row in values["disable_corrector"]]
+    rows = solver_rows(solver, grid.tail(first), prediction, values)
+    scale = grid.sigmas[0] if schedule.kind == "edm" else 1.0
+    init = start_from_noise(scale) if tail == 1.0 else start_from_latent(grid.level(first))
+    return verify(Plan(rows, prediction, init, Recipe("make_plan", arguments, tail=float(tail))))
