@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types check build format bench-setup clean
+.PHONY: demo test lint types build format bench-setup lines clean
 
 demo: $(STAMP)
 	$(BIN)/vivace generate "red heart" "pizza" "rocket" "cat face" "dog face" "tree" "fire" "rainbow" \
-		--n 2 --seed 7 --out demo.png
+		--n 2 --seed 7 --scale 4 --out demo.png
 	@echo "pictures: demo.png"
 
 test: $(STAMP) lint types
@@ -42,6 +42,10 @@ build: $(STAMP)
 
 bench-setup: $(STAMP)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[torch,dev,diffusers,bench]"
+
+lines:
+	@for d in engine kernels csrc python/vivace bench tests; do \
+		printf '%-15s' $$d; git ls-files "$$d/*.py" "$$d/*.h" "$$d/*.inl" "$$d/*.cpp" | xargs cat | wc -l; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/vivace/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vivace.engine.noise_schedule import FloatArray, alphas_cumprod_of
+from vivace.engine.noise_schedule import FloatArray, alphas_cumprod_of, as_numpy
 from vivace.engine.plan import Transform
 from vivace.engine.timesteps import SPACINGS, Grid, spaced
 from vivace.errors import ArgumentError, UnsupportedError
@@ -111,7 +111,7 @@ COVERED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """A config with all its fields, the request's own numbers, and alpha^2 of the training timesteps."""
+    """A config with all its fields, the request's own numbers, and the class's table of the training timesteps."""
 
     name: str
     config: Mapping[str, Any]
@@ -212,19 +212,24 @@ def require_falling(request: Request, levels: FloatArray) -> None:
         )
 
 
-def alpha_table(name: str, config: Mapping[str, Any]) -> npt.NDArray[Any]:
-    """alpha^2 of the training timesteps from a config's beta fields, float64 [T]; empty for a class without."""
-    return alphas_cumprod_of(config, name) if "beta_schedule" in config else np.zeros(0)
+def own_table(name: str, alphas_cumprod: Any) -> npt.NDArray[Any]:
+    """What the class keeps of every training timestep: alpha^2 (DDIM), sigma/alpha (multistep).
+
+    Computed by the arithmetic of `alphas_cumprod` itself (array or tensor), so that its levels agree to the bit.
+    """
+    if name == "DDIMScheduler":
+        return as_numpy(alphas_cumprod)
+    return as_numpy(((1 - alphas_cumprod) / alphas_cumprod) ** 0.5)
 
 
-def ratios(request: Request) -> npt.NDArray[Any]:
-    """sigma/alpha of the training timesteps, in the dtype of the table."""
-    return np.asarray(np.sqrt((1.0 - request.table) / request.table))
+def table_of_config(name: str, config: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """The same from a config's beta fields, float64 [T]; empty for a class without."""
+    return own_table(name, alphas_cumprod_of(config, name)) if "beta_schedule" in config else np.zeros(0)
 
 
 def dpmpp_sigmas(request: Request) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Sigmas and timesteps of DPMSolverMultistepScheduler, uncut."""
-    steps, count, table = request.steps, request.train_steps, ratios(request)
+    steps, count, table = request.steps, request.train_steps, request.table
     modes = [mode for mode in ("use_karras_sigmas", "use_lu_lambdas", "use_flow_sigmas") if request[mode]]
     if request.timesteps is not None and modes:
         raise ArgumentError(f"{request.name}: timesteps cannot be given with {modes[0]}=True")
@@ -245,15 +250,14 @@ def dpmpp_sigmas(request: Request) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     if request.timesteps is not None:
         fed = np.asarray(request.timesteps).astype(np.int64).astype(np.float64)
     else:
-        lams = np.log(np.sqrt(request.table)) - np.log(np.sqrt(1.0 - request.table))
-        last = count - int(np.searchsorted(lams[::-1], request["lambda_min_clipped"]))
+        last = count - int(np.searchsorted(-np.log(table[::-1]), request["lambda_min_clipped"]))
         fed = spaced(request["timestep_spacing"], count, steps, offset=request["steps_offset"], last=last)
     return np.interp(fed, np.arange(count), table), fed
 
 
 def unipc_sigmas(request: Request) -> tuple[npt.NDArray[Any], npt.NDArray[Any], float]:
     """Sigmas, timesteps (uncut) and the level of `sigma_min` of UniPCMultistepScheduler."""
-    steps, count, table = request.steps, request.train_steps, ratios(request)
+    steps, count, table = request.steps, request.train_steps, request.table
     if request.sigmas is not None and not request["use_flow_sigmas"]:
         raise ArgumentError(f"{request.name}: sigmas can be given only with use_flow_sigmas=True")
     if request.sigmas is not None and request["use_karras_sigmas"]:
@@ -318,4 +322,6 @@ def dynamically_shifted(request: Request, sigmas: npt.NDArray[Any]) -> npt.NDArr
 def stretched(sigmas: npt.NDArray[Any], terminal: float) -> npt.NDArray[Any]:
     """1 - s scaled so that the last sigma is `terminal`."""
     rest = 1 - sigmas
+    if rest[-1] == 0.0:
+        raise ArgumentError(f"shift_terminal={terminal}: one step at pure noise cannot be stretched; use more steps")
     return np.asarray(1 - rest / (rest[-1] / (1 - terminal)))

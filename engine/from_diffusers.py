@@ -2,7 +2,8 @@
 
 Nothing of `diffusers` is imported: a config mapping, or any object with `.config`, is enough. Every field of a covered
 class is honoured or refused by its name; fields of other classes that a config drags along are ignored, as `diffusers`
-does. Noise levels are rounded to float32, as its tables are, so that timesteps and levels agree to the bit.
+does. Noise levels are rounded to float32, as its tables are, so that timesteps and levels agree to the bit. Where a
+class returns NaN (UniPC above order 1, or with bh1, in a step to sigma = 0) the row is the first-order one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from vivace.engine import diffusers_grids as grids
 from vivace.engine.diffusers_grids import FIELDS, Request
-from vivace.engine.noise_schedule import as_numpy, read_config
+from vivace.engine.noise_schedule import read_config
 from vivace.engine.plan import Args, Plan, Recipe, Step, Transform
 from vivace.engine.solvers.ddim import ddim_rows
 from vivace.engine.solvers.dpmpp import dpmpp_rows
@@ -66,8 +67,8 @@ def plan_from_diffusers(
         arguments["mu"] = float(mu)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is not None:
-        values = as_numpy(table)
-        arguments["alphas_cumprod"] = {"dtype": values.dtype.name, "values": values.tolist()}
+        values = grids.own_table(name, table)
+        arguments["table"] = {"dtype": values.dtype.name, "values": values.tolist()}
     if name.startswith("FlowMatch"):  # `set_shift` changes the shift of an object after its making
         arguments["shift"] = float(getattr(scheduler, "shift", changed.get("shift", 1.0)))
     return remake(Args.of(arguments), strength)
@@ -79,8 +80,8 @@ def remake(arguments: Args, strength: float = 1.0) -> Plan:
     name = values["scheduler"]["_class_name"]
     config = grids.read_fields(name, {k: v for k, v in values["scheduler"].items() if k != "_class_name"})
     config["current_shift"] = values.get("shift")
-    saved = values.get("alphas_cumprod")
-    table = np.asarray(saved["values"], dtype=saved["dtype"]) if saved else grids.alpha_table(name, config)
+    saved = values.get("table")
+    table = np.asarray(saved["values"], dtype=saved["dtype"]) if saved else grids.table_of_config(name, config)
     steps = require_steps(values["steps"])
     request = Request(name, config, steps, values.get("timesteps"), values.get("sigmas"), values.get("mu"), table)
     for key in ("timesteps", "sigmas"):
@@ -135,7 +136,7 @@ def _dpmpp(request: Request) -> Made:
     choose(f"{request.name}: solver_type", variant, ("midpoint", "heun"))
     sigmas, fed = grids.dpmpp_sigmas(request)
     zero = request["final_sigmas_type"] == "zero"
-    grid = grids.sigma_grid(request, sigmas, 0.0 if zero else float(grids.ratios(request)[0]), fed)
+    grid = grids.sigma_grid(request, sigmas, 0.0 if zero else float(request.table[0]), fed)
     orders = [order] * grid.steps
     if zero or request["euler_at_final"] or (request["lower_order_final"] and grid.steps < FEW_STEPS):
         orders[-1] = 1

@@ -236,9 +236,7 @@ def _expanded(base: Formula, outputs: Sequence[Output]) -> Formula:
 
 def _clamp(codes: _Codes, op: Transform) -> tuple[float, float]:
     if op.kind != "clamp":
-        raise UnsupportedError(
-            f"transform {op.kind!r} needs a reduction over the sample; the step runs clamp only"
-        )
+        raise UnsupportedError(f"transform {op.kind!r} needs a reduction over the sample; the step runs clamp only")
     (low, low_scale), (high, high_scale) = (codes.coef(coef) for _, coef in op.params)
     if max(low_scale, high_scale) != NONE:
         raise UnsupportedError("a clamp takes numbers as bounds, not tensors")

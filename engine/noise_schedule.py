@@ -92,7 +92,7 @@ class NoiseSchedule:
         Source: Liu, Gong and Liu 2022, eq. 1; shift: Esser et al. 2024, eq. 23.
         """
         shift, scale = _number(shift, "shift"), _number(timestep_scale, "timestep_scale")
-        if shift <= 0.0 or scale <= 0.0 or train_steps < 2:
+        if shift <= 0.0 or scale <= 0.0 or _number(train_steps, "train_steps") < 2:
             raise ArgumentError(
                 "flow: needs shift > 0, timestep_scale > 0 and train_steps >= 2, "
                 f"got shift={shift}, timestep_scale={scale}, train_steps={train_steps}"

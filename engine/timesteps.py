@@ -131,9 +131,8 @@ def spaced(
     if kind == "linspace":
         return np.asarray(np.linspace(0.0, last - 1, points).round()[::-1][:steps], dtype=np.float64)
     if kind == "leading":
-        return (np.arange(points) * float(last // points))[::-1][:steps] + offset
-    points_down: FloatArray = np.arange(last, 0, -train_steps / steps, dtype=np.float64)
-    return points_down.round()[:steps] - 1.0
+        return np.arange(points, dtype=np.float64)[::-1][:steps] * (last // points) + offset
+    return np.arange(last, 0, -train_steps / steps, dtype=np.float64).round()[:steps] - 1.0
 
 
 def _from_times(schedule: NoiseSchedule, times: FloatArray, end: tuple[float, float], name: str = "") -> Grid:

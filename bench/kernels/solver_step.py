@@ -183,6 +183,7 @@ def copies(traffic: int) -> dict[str, Candidate]:
 def compiled_step(problem: Problem) -> tuple[Callable[[], None] | None, str | None]:
     """`plain_step` compiled for these tensors, or None and why not."""
     arguments = (problem.pool[X], *problem.outs, *problem.pool[M1:])
+    torch.compiler.reset()  # else the ninth shape would run uncompiled
     step = torch.compile(plain_step, dynamic=False)
 
     def late(*_: Any) -> None:

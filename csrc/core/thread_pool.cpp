@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "core/machine.h"
@@ -54,7 +55,7 @@ class ThreadPool {
     if (!busy.owns_lock()) return job.work(0);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (started_ < helpers) std::thread(&ThreadPool::serve, this, ++started_).detach();
+      start(helpers);
       job_ = &job;
       wanted_ = helpers;
     }
@@ -67,6 +68,13 @@ class ThreadPool {
   }
 
  private:
+  void start(int helpers) {
+    try {
+      for (; started_ < helpers; ++started_) std::thread(&ThreadPool::serve, this, started_ + 1).detach();
+    } catch (const std::system_error&) {  // the system grants no more; those there do the work
+    }
+  }
+
   void serve(int number) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {

@@ -4,14 +4,26 @@
 
 #include "core/error.h"
 
+#ifdef VIVACE_X86
+#include <cpuid.h>
+#endif
+
 namespace vivace {
 namespace {
+
+#ifdef VIVACE_X86
+// Half-precision conversions; asked for by hand, since older compilers do not know the name "f16c".
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 std::vector<const Kernels*> available_tables() {
   std::vector<const Kernels*> tables{&scalar::kKernels};
 #ifdef VIVACE_X86
   __builtin_cpu_init();  // the supports checks include the operating system's saving of wide registers
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) tables.push_back(&avx2::kKernels);
+  if (__builtin_cpu_supports("avx2") && has_f16c()) tables.push_back(&avx2::kKernels);
   if (__builtin_cpu_supports("avx512f")) tables.push_back(&avx512::kKernels);
 #endif
   return tables;

@@ -16,8 +16,8 @@ from vivace.engine.plan import TensorRef as TensorRef
 from vivace.engine.plan import Transform as Transform
 from vivace.engine.plan import Variant as Variant
 from vivace.engine.planning import make_plan as make_plan
-from vivace.engine.sample import sample as sample
 from vivace.engine.request import Request as Request
+from vivace.engine.sample import sample as sample
 from vivace.engine.session import Session as Session
 from vivace.engine.verify import verify as verify
 from vivace.errors import ArgumentError as ArgumentError

@@ -1,6 +1,5 @@
 """A plan run op by op in float64 numpy, and Gaussian data whose denoiser is known in closed form."""
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +72,4 @@ def row(plan, index):
     """{slot: coefficient} of the update of x in one row, history by age: m of this row is "m:0"."""
     ops = [op for op in plan.steps[index].ops if isinstance(op, Affine)]
     ring = len({op.dst for step in plan.steps for op in step.ops} - {"x"})
-    return {
-        (f"m:{(index - int(name[1:])) % ring}" if name[0] == "m" else name): coef
-        for name, coef in ops[-1].terms
-    }
+    return {(f"m:{(index - int(name[1:])) % ring}" if name[0] == "m" else name): coef for name, coef in ops[-1].terms}

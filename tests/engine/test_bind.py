@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.engine.plans import edit, euler, plan_of
 
+from tests.engine.plans import edit, euler, plan_of
 from vivace.engine.bind import ModelSpec, normal_form
 from vivace.engine.plan import Action, Rule, Variant
 from vivace.engine.plan_io import tensor_infos

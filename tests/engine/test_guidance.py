@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.engine.plans import edit, euler
 
 import vivace
+from tests.engine.plans import edit, euler
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import InputRef, Transform
 from vivace.errors import ArgumentError, PlanError

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.plans import euler, guided_row, plan_of
 
 import vivace
+from tests.engine.plans import euler, guided_row, plan_of
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.noise import normals
 from vivace.engine.plan import Affine, AgeRef, InputRef, Plan, Step, TensorRef, Transform, Variant

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.plans import GUIDED, edit, euler, guided_row, plan_of
 
+from tests.engine.plans import GUIDED, edit, euler, guided_row, plan_of
 from vivace.engine.plan import (
     Action,
     Affine,

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 from tests.engine.plans import edit, euler, guided_row, plan_of
-
 from vivace.engine.bind import ModelSpec
 from vivace.engine.plan import Action, Affine, Args, Guard, Recipe, Rule, TensorRef, Transform, Variant
 from vivace.engine.render import number, render_diff

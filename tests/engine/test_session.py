@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.engine.plans import edit, euler
-from tests.engine.toy import SHAPE, Toy, session
 
 import vivace
+from tests.engine.plans import edit, euler
+from tests.engine.toy import SHAPE, Toy, session
 from vivace.engine.noise import normals
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Action, Affine, Guard, InputRef, Rule, Variant

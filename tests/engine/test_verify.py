@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.engine.plans import GUIDED, edit, euler, guided_row, plan_of
 
+from tests.engine.plans import GUIDED, edit, euler, guided_row, plan_of
 from vivace.engine.plan import Action, Affine, AgeRef, Guard, InputRef, Rule, TensorRef, Transform, Variant
 from vivace.engine.plan_io import tensor_infos
 from vivace.engine.verify import verify

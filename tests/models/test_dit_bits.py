@@ -11,46 +11,47 @@ N = 8
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float64], ids=str)
 def case(request, emoji_folder):
+    """The bundled model, eight samples, and their predictions together, both branches, with one thread."""
     model = DiT.load(emoji_folder, request.param)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(N, 3, 32, 32, generator=g).to(request.param)
     t = 999 * torch.rand(N, generator=g)
     labels = torch.stack([torch.randint(0, 1000, (N,), generator=g), torch.full((N,), 1000)])
-    return model, x, t, labels
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = model(x, t, labels)
+    torch.set_num_threads(before)
+    return model, x, t, labels, whole
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("branches", [1, 2])
 def test_alone_and_in_a_batch_of_eight(case, threads, count, branches):
-    model, x, t, labels = case
-    threads(1)
-    whole = model(x, t, labels[:branches])
-    for size in (1, 2, 5):
-        for place in (0, N - size):
-            part = slice(place, place + size)
-            threads(count)
-            outs = model(x[part], t[part], labels[:branches, part])
-            assert all(torch.equal(a, b[part]) for a, b in zip(outs, whole, strict=True)), (size, place)
+    model, x, t, labels, whole = case
+    threads(count)
+    for part in (slice(0, 1), slice(6, 7), slice(2, 5)):
+        outs = model(x[part], t[part], labels[:branches, part])
+        assert all(torch.equal(a, b[part]) for a, b in zip(outs, whole, strict=False)), part
+    assert len(outs) == branches
 
 
-def test_one_branch_and_two_branches_have_the_same_bits(case):
-    model, x, t, labels = case
-    both = model(x, t, labels)
+def test_any_branch_alone_has_the_same_bits(case):
+    model, x, t, labels, whole = case
     for branch in (0, 1):
-        assert torch.equal(model(x, t, labels[branch : branch + 1])[0], both[branch])
+        assert torch.equal(model(x[:3], t[:3], labels[branch : branch + 1, :3])[0], whole[branch][:3])
 
 
-def test_neighbours_leave_no_trace(case):
-    model, x, t, labels = case
-    expected = model(x, t, labels)
+def test_neighbours_and_place_leave_no_trace(case, threads):
+    model, x, t, labels, whole = case
+    threads(2)
     other = torch.full_like(x, float("nan"))
-    other[4] = x[4]
-    outs = model(other, t.flip(0).index_copy(0, torch.tensor([4]), t[4:5]), labels)
-    assert all(torch.equal(a[4], b[4]) for a, b in zip(outs, expected, strict=True))
+    other[4] = x[1]
+    outs = model(other, t.roll(3), labels.roll(3, 1))
+    assert all(torch.equal(a[4], b[1]) for a, b in zip(outs, whole, strict=True))
 
 
 def test_modulation_made_before_the_loop_has_the_same_bits(case):
-    model, x, t, labels = case
+    model, _, t, labels, _ = case
     grid = torch.cat([t, t / 2, t / 3, t / 4, t / 5])  # many rows of a plan at once
     made = model.condition(grid, labels.repeat(1, 5)).select(torch.tensor([6, 1]))
     fresh = model.condition(t[[6, 1]], labels[:, [6, 1]])

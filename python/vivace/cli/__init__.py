@@ -46,6 +46,7 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="Pictures per prompt.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed; picture j of a prompt is picture j of the seed.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("vivace.png"),
+    scale: Annotated[int, typer.Option(help="Enlarge the PNG this many times.", min=1, max=32)] = 1,
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -63,6 +64,7 @@ def generate(
         n=n,
         seed=seed,
         out=out,
+        scale=scale,
         backend=backend,
         threads=threads,
     )
@@ -168,7 +170,7 @@ def profile(
 ) -> None:
     """Where the time goes: per phase, row and kernel."""
     from vivace.models.pipe import choose_plan, load
-    from vivace.profile import profile_request
+    from vivace.profile.request import profile_request
 
     pipe = load(model)
     chosen = choose_plan(pipe.model, plan, solver, steps, guidance)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from PIL import Image
 
 from vivace.engine.plan import Plan
 from vivace.errors import ArgumentError
@@ -27,6 +28,7 @@ def generate_pictures(
     n: int,
     seed: int,
     out: Path,
+    scale: int,
     backend: str,
     threads: int | None,
 ) -> tuple[dict[str, Any], str]:
@@ -43,6 +45,8 @@ def generate_pictures(
     results = _run(pipe, chosen, prompts, n=n, seed=seed, guidance=guidance, backend=backend, threads=threads)
     images = [image for result in results for image in result.images]
     sheet = images[0] if len(images) == 1 else pictures.grid(images)
+    if scale > 1:
+        sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.LANCZOS)
     metadata = {
         "vivace:plan": results[0].receipt.plan_hash,
         "vivace:seed": str(seed),

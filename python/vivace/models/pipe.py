@@ -89,8 +89,9 @@ class Pipe:
 
         Args:
             backend: "auto" or "eager"; a backend asked for by name that cannot run here is an error.
-            device: "auto" takes a GPU when torch finds one. dtype: of the network, a torch dtype or its name; None keeps
-                the loaded one. The state between evaluations is float32 (float64 for a float64 network).
+            device: "auto" takes a GPU when torch finds one.
+            dtype: of the network, a torch dtype or its name; None keeps the loaded one. The state between evaluations
+                is float32 (float64 for a float64 network).
             threads: CPU threads of this session; None is torch's number. batch: samples to make room for beforehand.
         Raises: BackendError, PlanError, UnsupportedError, ArgumentError.
         """
