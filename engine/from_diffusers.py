@@ -71,11 +71,11 @@ def plan_from_diffusers(
         arguments["table"] = {"dtype": values.dtype.name, "values": values.tolist()}
     if name.startswith("FlowMatch"):  # `set_shift` changes the shift of an object after its making
         arguments["shift"] = float(getattr(scheduler, "shift", changed.get("shift", 1.0)))
-    return remake(Args.of(arguments), strength)
+    return remake(Args.of(arguments), None if strength == 1.0 else strength)
 
 
-def remake(arguments: Args, strength: float = 1.0) -> Plan:
-    """The plan of a recipe made by `plan_from_diffusers`."""
+def remake(arguments: Args, tail: float | None = None) -> Plan:
+    """The plan of a recipe made by `plan_from_diffusers`, cut to its tail if there is one."""
     values = arguments.to_dict()
     name = values["scheduler"]["_class_name"]
     config = grids.read_fields(name, {k: v for k, v in values["scheduler"].items() if k != "_class_name"})
@@ -88,14 +88,16 @@ def remake(arguments: Args, strength: float = 1.0) -> Plan:
         if key in values and (name, key) not in _EXPLICIT:
             raise ArgumentError(f"{name}: its set_timesteps takes no {key}")
     grid, prediction, rows = _MAKERS[name](request)
-    first = first_row(grid.steps, strength)
-    init = start_from_noise(1.0) if strength == 1.0 else start_from_latent(grid.level(first))
-    recipe = Recipe("from_diffusers", arguments, tail=float(strength))
+    first = first_row(grid.steps, tail)
+    init = start_from_noise(1.0) if tail is None else start_from_latent(grid.level(first))
+    recipe = Recipe("from_diffusers", arguments, tail)
     return verify(Plan(rows(first), prediction, init, recipe))
 
 
-def first_row(steps: int, strength: float) -> int:
+def first_row(steps: int, strength: float | None) -> int:
     """First row of an image-to-image run: steps - int(steps * strength), as the pipelines of `diffusers` round it."""
+    if strength is None:
+        return 0
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 < strength <= 1.0:
         raise ArgumentError(f"strength: needs a number in (0, 1], got {strength!r}")
     kept = int(steps * strength)

@@ -202,12 +202,13 @@ def thaw(value: Value) -> Any:
 class Recipe:
     """Enough to make the plan again: the maker with its arguments, the part kept, the passes in order.
 
-    maker: "make_plan" or "from_diffusers"; `tail`: strength kept by `Plan.tail`; `passes`: (name, arguments).
+    maker: "make_plan" or "from_diffusers"; `tail`: strength kept by `Plan.tail`, None for a plan from noise;
+    `passes`: (name, arguments).
     """
 
     maker: str
     arguments: Args
-    tail: float = 1.0
+    tail: float | None = None
     passes: tuple[tuple[str, Args], ...] = ()
 
 
@@ -324,7 +325,8 @@ class Plan:
     def tail(self, strength: float) -> Plan:
         """The plan of an image-to-image run: the last `strength` share of the steps, re-planned from the recipe.
 
-        The start latent is the slot `input:start`; strength in (0, 1], rounded as `diffusers` does.
+        The start latent is the slot `input:start`, mixed with noise to the first level; strength in (0, 1], rounded to
+        int(steps * strength) rows.
         """
         from vivace.engine.planning import tail_plan
 
@@ -341,7 +343,10 @@ class Plan:
         mu: float | None = None,
         strength: float = 1.0,
     ) -> Plan:
-        """The plan that this `diffusers` scheduler (object or config dict) would run; refuses by name what it lacks."""
+        """The plan that this `diffusers` scheduler (object or config dict) would run; refuses by name what it lacks.
+
+        strength below 1 is the `tail` of the plan.
+        """
         from vivace.engine.from_diffusers import plan_from_diffusers
 
         return plan_from_diffusers(scheduler, steps, timesteps=timesteps, sigmas=sigmas, mu=mu, strength=strength)

@@ -278,7 +278,7 @@ READERS: dict[type, dict[str, Reader]] = {
         "guard": _maybe(_record(p.Guard)),
         "restart": _bool,
     },
-    p.Recipe: {"maker": _str, "arguments": _args, "tail": _float, "passes": _list(_pair(_str, _args))},
+    p.Recipe: {"maker": _str, "arguments": _args, "tail": _maybe(_float), "passes": _list(_pair(_str, _args))},
     p.TensorInfo: {"key": _str, "shape": _INTS, "dtype": _str, "sha256": _str},
     p.Binding: {"fingerprint": _str, "blocks": _int, "tokens": _int, "token_group": _int, "latent_shape": _INTS},
     p.Plan: {

@@ -55,24 +55,23 @@ def make_plan(
         recorded = Args.of(arguments | options)
     except TypeError as error:
         raise ArgumentError(f"make_plan: {error}") from error
-    return _make(recorded, 1.0)
+    return _make(recorded)
 
 
 def tail_plan(plan: Plan, strength: float) -> Plan:
     """The last int(steps * strength) rows, planned anew from the recipe so that multistep warm-up restarts.
 
     The first state is alpha * `input:start` + sigma * noise at the level of the first row kept. Passes are applied
-    again; the result is unbound. Strength 1 is the plan itself.
+    again; the result is unbound.
     Raises: PlanError for a plan without recipe or one that is a tail already; ArgumentError for strength.
     """
     if plan.recipe is None:
         raise PlanError(
             "tail: the plan has no recipe to plan it anew from; make it with make_plan or Plan.from_diffusers"
         )
-    if plan.recipe.tail != 1.0:
+    if plan.recipe.tail is not None:
         raise PlanError(f"tail: the plan is a tail of strength {plan.recipe.tail:g} already; take it of the full plan")
-    if first_row(len(plan.steps), strength) == 0:
-        return plan
+    first_row(len(plan.steps), strength)
     return replan(plan.recipe, tail=float(strength))
 
 
@@ -95,7 +94,7 @@ def replan(recipe: Recipe, **changes: Any) -> Plan:
     return plan
 
 
-def _make(arguments: Args, tail: float) -> Plan:
+def _make(arguments: Args, tail: float | None = None) -> Plan:
     """`make_plan` from its recorded arguments, cut to its tail."""
     values = arguments.to_dict()
     schedule = NoiseSchedule.restore(Args.of(values.pop("schedule")))
@@ -108,5 +107,5 @@ def _make(arguments: Args, tail: float) -> Plan:
         values["disable_corrector"] = [row - first for row in values["disable_corrector"]]
     rows = solver_rows(solver, grid.tail(first), prediction, values)
     scale = grid.sigmas[0] if schedule.kind == "edm" else 1.0
-    init = start_from_noise(scale) if tail == 1.0 else start_from_latent(grid.level(first))
-    return verify(Plan(rows, prediction, init, Recipe("make_plan", arguments, tail=float(tail))))
+    init = start_from_noise(scale) if tail is None else start_from_latent(grid.level(first))
+    return verify(Plan(rows, prediction, init, Recipe("make_plan", arguments, tail)))

@@ -6,6 +6,7 @@ import difflib
 from math import isinf
 
 from vivace.engine.plan import Affine, AgeRef, Coef, InputRef, Op, Plan, Rule, Step, TensorRef, Variant
+from vivace.engine.prediction import to_eps, to_x0
 
 HEADER = ("#", "t", "lam", "net", "branches", "blocks", "keep", "ops")
 LETTERS = "CRFI"  # by Action
@@ -73,7 +74,7 @@ def _made_by(plan: Plan) -> str:
         return "made by hand"
     args = recipe.arguments.to_dict()
     passes = "".join(f" + {name.removeprefix('apply_')}" for name, _ in recipe.passes)
-    tail = f" tail {number(recipe.tail)}" if recipe.tail != 1.0 else ""
+    tail = "" if recipe.tail is None else f" tail {number(recipe.tail)}"
     return f"{args.get('solver') or args.get('scheduler') or recipe.maker}{tail}{passes}"
 
 
@@ -114,21 +115,6 @@ def render_op(op: Op, prediction: str, step: Step | None) -> str:
     return f"{op.dst}{at}={_conversion(op, prediction, step) or _sum(op)}"
 
 
-def conversion(prediction: str, alpha: float, sigma: float, target: str) -> tuple[float, float] | None:
-    """(coefficient of x, coefficient of the prediction) that give `target` ("x0" or "eps"); None where undefined."""
-    if prediction == target:
-        return 0.0, 1.0
-    if target == "x0":
-        if prediction == "eps":
-            return (1 / alpha, -sigma / alpha) if alpha else None
-        total = alpha * alpha + sigma * sigma
-        return (alpha / total, -sigma / total) if prediction == "v" else (1 / (alpha + sigma), -sigma / (alpha + sigma))
-    if prediction == "x0":
-        return (1 / sigma, -alpha / sigma) if sigma else None
-    total = alpha * alpha + sigma * sigma
-    return (sigma / total, alpha / total) if prediction == "v" else (1 / (alpha + sigma), alpha / (alpha + sigma))
-
-
 def _conversion(op: Affine, prediction: str, step: Step | None) -> str:
     if step is None or op.at is not None or not op.terms:
         return ""
@@ -136,11 +122,11 @@ def _conversion(op: Affine, prediction: str, step: Step | None) -> str:
     others = [slot for slot in terms if slot != step.x]
     if len(op.terms) not in (1, 2) or len(others) != 1 or (len(op.terms) == 2 and step.x not in terms):
         return ""
-    for target in ("x0", "eps"):
-        want = conversion(prediction, step.alpha, step.sigma, target)
-        got = (terms.get(step.x, 0.0), terms[others[0]])
-        if want is None or prediction == target:
+    got = (terms.get(step.x, 0.0), terms[others[0]])
+    for target, convert, level in (("x0", to_x0, step.alpha), ("eps", to_eps, step.sigma)):
+        if prediction == target or level == 0.0:
             continue
+        want = convert(prediction, step.alpha, step.sigma)
         if all(isinstance(g, float) and abs(g - w) <= 1e-12 * (1 + abs(w)) for g, w in zip(got, want, strict=True)):
             return f"{target}({others[0]})"
     return ""

@@ -29,6 +29,7 @@ class Session:
     A result has the same bits whatever the batch size, neighbours or order of requests (same machine and versions).
     """
 
+    kept_plans = 256  # bindings remembered
     _owners = itertools.count(1)
 
     def __init__(
@@ -100,13 +101,20 @@ class Session:
             slots = entry.lowered.slots
             lanes = self.pool.take(request.n, len(slots))
             state = State(request, plan, condition, entry, lanes, self._owner, warnings, began)
-            for name, tensor in tensors.items():
-                self.pool.state[slots[f"input:{name}"], list(lanes)] = tensor
-            self._launch([state], None, -1, [entry.lowered.start])
+            try:
+                for name, tensor in tensors.items():
+                    self.pool.state[slots[f"input:{name}"], list(lanes)] = tensor
+                self._launch([state], None, -1, [entry.lowered.start])
+            except BaseException:
+                self.abort(state)
+                raise
             return state
 
     def step(self, states: Sequence[State]) -> tuple[Report, ...]:
-        """Execute the next row of every state, grouped by structure, one launch a group; any mix of plans and rows."""
+        """Execute the next row of every state, grouped by structure, one launch a group; any mix of plans and rows.
+
+        When the network fails in one group, the states of that group are as they were before the call.
+        """
         with self._lock, self._threads():
             for state in states:
                 self._own(state)
@@ -119,8 +127,8 @@ class Session:
                 groups.setdefault(state.plan.steps[state.row].variant, []).append(state)
             for variant, members in groups.items():
                 self._launch(members, variant, members[0].row, [s.entry.lowered.spans[s.row] for s in members])
-            for state in states:
-                state.row += 1
+                for state in members:
+                    state.row += 1
             return tuple(Report(s.row - 1, len(s.plan.steps), s.plan.steps[s.row - 1].timestep, s.done) for s in states)
 
     def finish(self, state: State) -> Result:
@@ -155,14 +163,17 @@ class Session:
 
     # --- internals ---------------------------------------------------------------------------------------------------
     def _bind(self, plan: Plan) -> Plan:
-        if plan not in self._bound:
+        bound = self._bound.get(plan)
+        if bound is None:
             bound = self._expand(plan)
             self.executor.check(bound)
             if self.probe is not None:
                 self.probe.cover(bound)
                 self.executor.one_by_one = self.probe.one_by_one
             self._bound[plan] = bound
-        return self._bound[plan]
+            if len(self._bound) > self.kept_plans:
+                del self._bound[next(iter(self._bound))]
+        return bound
 
     def _launch(
         self, states: Sequence[State], variant: Variant | None, row: int, spans: Sequence[tuple[int, int]]

@@ -3,8 +3,8 @@
 // Sums start at -0, so "the first term initialises" needs no branch. A term absent from a row costs one predicted
 // branch a block and is never read.
 //
-// Floor: bytes moved / copy bandwidth. Measured for the UniPC-3 row with guidance (6 reads, 2 writes, 256 MiB, one
-// Zen 5 core): 0.95-1.05 of a non-temporal copy, 1.35 of memcpy. What was tried:
+// Floor: bytes moved / copy bandwidth. Measured for the UniPC-3 row with guidance (6 reads, 2 writes, 256 MiB, Zen 5):
+// 0.93-1.0 of a non-temporal copy (50 GB/s on one core, 105 on two), 1.3 of memcpy. What was tried, one core:
 // - a rolled loop over sources: 0.65-0.80. Its branches share addresses, a mispredicted one a block ends the run-ahead
 //   that hides memory latency. Unrolled over all twelve, each branch has one address and one outcome.
 // - the call that makes noise inside the loop: 0.55-0.65, all accumulators spilled. Hence the buffer filled ahead.

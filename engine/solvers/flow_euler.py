@@ -6,7 +6,8 @@ Equal to DDIM on the same levels. Source: Liu, Gong and Liu 2022, eq. 2 by the E
 from __future__ import annotations
 
 from vivace.engine.plan import PREDICTIONS, Affine, Step
-from vivace.engine.solvers.rows import affine, to_eps, to_x0
+from vivace.engine.prediction import to_eps, to_x0
+from vivace.engine.solvers.rows import affine
 from vivace.engine.timesteps import Grid, choose
 from vivace.errors import ArgumentError
 

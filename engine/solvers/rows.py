@@ -1,4 +1,4 @@
-"""What all solvers share: prediction conversion, the first-order step, effective orders, rows from coefficients."""
+"""What all solvers share: the first-order step, effective orders, rows from coefficients."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vivace.engine.plan import PREDICTIONS, Affine, Coef, Op, Step, Transform
+from vivace.engine.prediction import to_eps, to_x0
 from vivace.engine.timesteps import Grid, choose
-from vivace.errors import ArgumentError, PlanError
+from vivace.errors import ArgumentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,38 +19,6 @@ class Update:
     weights: tuple[float, ...]
     eps: float = 0.0
     noise: float = 0.0
-
-
-def to_x0(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
-    """(p, q) with x0 = p x + q out, from x = alpha x0 + sigma eps; needs alpha^2 + sigma^2 > 0 only, except for "eps".
-
-    Raises: PlanError for "eps" at alpha = 0, where the prediction says nothing of x0.
-    """
-    if prediction == "eps":
-        if alpha == 0.0:
-            raise PlanError(
-                "prediction 'eps' says nothing of x0 at pure noise (alpha = 0); use a network that predicts v, x0 or "
-                "flow, or a grid that starts below pure noise (timesteps=... or sigmas=...)"
-            )
-        return 1.0 / alpha, -sigma / alpha
-    if prediction == "x0":
-        return 0.0, 1.0
-    if prediction == "v":
-        norm = alpha * alpha + sigma * sigma
-        return alpha / norm, -sigma / norm
-    return 1.0 / (alpha + sigma), -sigma / (alpha + sigma)
-
-
-def to_eps(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
-    """(p, q) with eps = p x + q out, from x = alpha x0 + sigma eps."""
-    if prediction == "eps":
-        return 0.0, 1.0
-    if prediction == "x0":
-        return 1.0 / sigma, -alpha / sigma
-    if prediction == "v":
-        norm = alpha * alpha + sigma * sigma
-        return sigma / norm, alpha / norm
-    return 1.0 / (alpha + sigma), alpha / (alpha + sigma)
 
 
 def first_order(start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:

@@ -220,6 +220,22 @@ def test_a_model_whose_samples_meet_runs_one_by_one_and_says_so():
     assert session(v_plan()).probe.one_by_one is None
 
 
+def test_a_failing_network_leaves_its_states_as_they_were():
+    toy = Toy()
+    s = session(v_plan(), toy=toy)
+    want = s("pizza", seed=8).latents
+    state = s.begin(Request("pizza", seed=8))
+    s.step([state])
+    evaluate, toy.evaluate = toy.evaluate, lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        s.step([state])
+    assert state.row == 1
+    toy.evaluate = evaluate
+    while not state.done:
+        s.step([state])
+    assert torch.equal(s.finish(state).latents, want)
+
+
 def test_callback_sees_every_row_and_may_stop():
     s, seen = session(v_plan()), []
     s(callback=lambda report: seen.append((report.row, report.done)))

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = set(sys.stdlib_module_names)
-PLAN = ("engine.plan", "engine.verify", "engine.bind", "engine.render")
+PLAN = ("engine.plan", "engine.verify", "engine.bind", "engine.prediction", "engine.render")
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
 FREE = ("errors", "__version__")  # everyone may import these
 
