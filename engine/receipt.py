@@ -129,7 +129,8 @@ class Receipt:
         predicted = "not timed" if self.predicted_ms is None else f"{self.predicted_ms:.0f} ms"
         lines = [
             f"plan      {self.plan_hash[:12]}  {self.nfe}/{self.nfe_planned} evaluations, "
-            f"{self.branch_evals}/{self.branch_evals_planned} branch evaluations, {self.n} picture(s)",
+            f"{self.branch_evals}/{self.branch_evals_planned} branch evaluations, {self.n} picture(s), "
+            f"up to {max((row.batch for row in self.rows), default=0)} in a launch",
             f"ran on    {self.device} {self.dtype}, executor {self.executor}, {self.threads} thread(s)",
             f"time      {self.measured_ms:.0f} ms measured, {predicted} predicted: "
             + ", ".join(f"{name} {ms:.1f}" for name, ms in self.phases.items()),
