@@ -79,6 +79,8 @@ def plan_new(
     solver: Solver = None,
     steps: Steps = None,
     grid: Annotated[str | None, typer.Option(help="uniform, linspace, leading, trailing, logsnr or karras.")] = None,
+    timesteps: Annotated[str | None, typer.Option(help="Explicit timesteps, comma-separated, one a step.")] = None,
+    sigmas: Annotated[str | None, typer.Option(help="Explicit noise levels, comma-separated, one a step.")] = None,
     final: Annotated[str, typer.Option(help="Noise level of the result: zero or sigma_min.")] = "zero",
     option: Annotated[list[str] | None, typer.Option(help="Solver option, name=value; repeatable.")] = None,
     guidance: Guidance = None,
@@ -92,15 +94,17 @@ def plan_new(
     from vivace.models.load import open_model
     from vivace.models.pipe import default_plan
 
+    levels = {"timesteps": _numbers("--timesteps", timesteps), "sigmas": _numbers("--sigmas", sigmas)}
+    explicit = next((values for values in levels.values() if values is not None), None)
+    if steps is None and explicit is not None:
+        steps = len(explicit)
     if scheduler is None:
-        made = default_plan(
-            open_model(model), solver, steps, guidance, grid=grid, final=final, options=_options(option),
-            interval=_interval(interval),
-        )  # fmt: skip
+        options = levels | {"grid": grid, "final": final} | _options(option)
+        made = default_plan(open_model(model), solver, steps, guidance, interval=_interval(interval), **options)
     else:
         if solver or grid or option:
             raise ArgumentError("plan new: --scheduler decides solver, grid and options; drop them")
-        made = Plan.from_diffusers(_read_json(scheduler), 20 if steps is None else steps)
+        made = Plan.from_diffusers(_read_json(scheduler), 20 if steps is None else steps, **levels)
         if guidance is not None and guidance != 1.0:
             made = apply_guidance(made, guidance, interval=_interval(interval))
     if bind:
@@ -229,6 +233,15 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             out[name] = value
     return out
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"{name} {text!r}: write numbers separated by commas") from None
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def _run(
     scale = guidance if guided else None
     states = [session.begin(Request(prompt, n=n, seed=seed, guidance_scale=scale)) for prompt in prompts]
     rows = range(len(session.plans[0].steps))
-    with typer.progressbar(rows, label="drawing", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+    terminal = sys.stderr.isatty()
+    with typer.progressbar(rows, label="drawing", file=sys.stderr) if terminal else nullcontext(rows) as bar:
         for _ in bar:
             session.step(states)
     return [session.finish(state) for state in states]

@@ -146,21 +146,17 @@ def default_plan(
     steps: int | None = None,
     guidance: float | None = None,
     *,
-    grid: str | None = None,
-    final: str = "zero",
-    options: Mapping[str, Any] | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
+    **options: Any,
 ) -> Plan:
-    """The plan of a model's card, with what is given in its place. Guidance 1 means none."""
+    """The plan of a model's card, with what is given in its place; options as in `make_plan`. Guidance 1 means none."""
     card = model.card
     plan = make_plan(
         model.schedule,
         solver=solver or card.get("solver", "unipc"),
         steps=card.get("steps", 20) if steps is None else steps,
         prediction=model.prediction,
-        grid=grid,
-        final=final,
-        **(options or {}),
+        **options,
     )
     scale = float(card.get("guidance_scale", 1.0)) if guidance is None else guidance
     return plan if scale == 1.0 else apply_guidance(plan, scale, interval=interval)

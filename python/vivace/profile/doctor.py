@@ -27,10 +27,15 @@ class Machine:
 
     findings: tuple[Finding, ...]
     kernels: tuple[dict[str, Any], ...]
+    choices: tuple[dict[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"machine": {f.name: f.found for f in self.findings}, "kernels": list(self.kernels)}
+        return {
+            "machine": {f.name: f.found for f in self.findings},
+            "kernels": list(self.kernels),
+            "choices": list(self.choices),
+        }
 
     def __str__(self) -> str:
         width = max(len(f.name) for f in self.findings)
@@ -38,6 +43,7 @@ class Machine:
         for row in self.kernels:
             mark = "runs" if row["available"] else "absent"
             lines.append(f"kernel {row['op']} {row['backend']}: {mark} ({row['reason']})")
+        lines += [f"{c['op']} on {c['device']} tensors will use {c['backend']} ({c['reason']})" for c in self.choices]
         return "\n".join(lines)
 
 
@@ -53,7 +59,7 @@ def examine() -> Machine:
         *(Finding(name, _package(name)) for name in PACKAGES),
         Finding("gpu", _gpu()),
     ]
-    return Machine(tuple(findings), _kernels())
+    return Machine(tuple(findings), _kernels(), _choices())
 
 
 def _package(name: str) -> str:
@@ -114,3 +120,19 @@ def _kernels() -> tuple[dict[str, Any], ...]:
     from vivace.kernels.spec import backends
 
     return tuple(asdict(row) for row in backends())
+
+
+def _choices() -> tuple[dict[str, str], ...]:
+    """What each op will run on the devices this machine has, in float32."""
+    if find_spec_safe("torch") is None:
+        return ()
+    import torch
+
+    from vivace.kernels.spec import choose, ops
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return tuple(
+        {"op": spec.name, "device": device, **asdict(choose(spec, device, "float32"))}
+        for spec in ops()
+        for device in devices
+    )
