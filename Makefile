@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types build format bench-setup lines clean
+.PHONY: demo test lint types build format bench-setup sanitize lines clean
 
 demo: $(STAMP)
 	$(BIN)/vivace generate "red heart" "pizza" "rocket" "cat face" "dog face" "tree" "fire" "rainbow" \
@@ -42,6 +42,13 @@ build: $(STAMP)
 
 bench-setup: $(STAMP)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[torch,dev,diffusers,bench]"
+
+# The C++ tests under the address and undefined-behaviour sanitizers; `make test` runs them too.
+sanitize: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DVIVACE_PYTHON=OFF \
+		-DVIVACE_SANITIZE=address,undefined
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target csrc_tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/sanitize --output-on-failure
 
 lines:
 	@for d in engine kernels csrc python/vivace bench tests; do \

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from vivace.engine.plan_io import write_atomic
 from vivace.errors import ArgumentError
 
-SUITES = ("kernels",)
+SUITES = ("gate", "kernels", "solvers")
 
 
-def run(suite: str, *, op: str | None = None, claim: str | None = None, quick: bool = False) -> dict[str, Any]:
+def run(
+    suite: str, *, op: str | None = None, claim: str | None = None, quick: bool = False, out: Path | None = None
+) -> dict[str, Any]:
     """One suite's report: {"suite", "machine", "versions", "commit", "rows", "claims"}, see `harness.report`.
 
     Args:
         suite: name in SUITES; op: only this part of it; claim: only this claim and the rows it needs.
         quick: fewer repetitions; one claim then takes less than 50 s on two cores.
+        out: folder for the report as <suite>.json and <suite>.txt, and the suite's plots; made if missing.
     Raises: ArgumentError for an unknown name; BackendError when a result is wrong, before anything is timed.
     """
     if suite not in SUITES:
         raise ArgumentError(f"bench: suite {suite!r} is not here; use one of {', '.join(SUITES)}")
-    report: dict[str, Any] = import_module(f"vivace.bench.{suite}").run(op, claim, quick)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ArgumentError(f"bench: {out} is a file; name a folder")
+    module = import_module(f"vivace.bench.{suite}")
+    report: dict[str, Any] = module.run(op, claim, quick)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / f"{suite}.json", json.dumps(report, indent=1).encode())
+        write_atomic(out / f"{suite}.txt", (render(report) + "\n").encode())
+        if claim is None and hasattr(module, "plot"):
+            module.plot(report, out)
     return report
 
 

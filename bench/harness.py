@@ -2,8 +2,8 @@
 
 Two traps decide how candidates are interleaved. The threads of libgomp spin for some milliseconds after a parallel
 torch op and take the cores from whoever runs next, so every change of candidate waits until they sleep, then calls the
-candidate once untimed: it finds its own threads awake and its own data in cache. And fresh memory costs more than the
-op: candidates write into memory that was written before.
+candidate untimed for a while: it finds its own threads awake and its own data in cache. And fresh memory costs more
+than the op: candidates write into memory that was written before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 
 PAUSE = 0.008  # seconds until libgomp's threads sleep
-SPAN = 0.003  # seconds a timed span lasts at least; short candidates are called several times in it
+SPAN = 0.012  # seconds a timed span lasts at least; short candidates are called several times in it
+LEAD = 0.003  # seconds of untimed calls before it: caches, frequency and sleeping threads are up by then
+# Columns a printed table shows, in this order, where rows have them.
+COLUMNS = (
+    "op", "backend", "case", "dtype", "ms", "gb_per_s", "percent_of_roofline", "over_eager", "over_compile",
+    "on", "guidance", "solver", "evaluations", "nfe", "error", "psnr", "order", "measured",
+    "agree", "refused", "deviate",
+)  # fmt: skip
 LIBRARIES = ("vivace", "torch", "diffusers", "triton", "numpy")
 
 
@@ -75,15 +82,18 @@ def _calls_in_span(candidate: Candidate, warm_up: float) -> int:
         candidate.prepare(1)
         candidate.call()
         done += 1
-    return max(1, round(SPAN / (_timed(candidate, 1) / 1e3)))
+    first = max(1, round(SPAN / 4 * done / (time.perf_counter() - begin)))
+    return max(1, round(SPAN / (_timed(candidate, first) / 1e3)))
 
 
 def _timed(candidate: Candidate, calls: int) -> float:
-    """Milliseconds of one call, from a span of `calls` after one untimed."""
-    candidate.prepare(calls + 1)
+    """Milliseconds of one call, from a span of `calls` after some untimed ones."""
+    untimed = max(1, round(calls * LEAD / SPAN))
+    candidate.prepare(untimed + calls)
     time.sleep(PAUSE)
     call = candidate.call
-    call()
+    for _ in range(untimed):
+        call()
     begin = time.perf_counter()
     for _ in range(calls):
         call()
@@ -193,8 +203,8 @@ def commit() -> str | None:
 def render(data: Mapping[str, Any]) -> str:
     """A report as text."""
     lines = [f"{data['suite']} on {data['machine']['cpu']}, {data['machine']['threads']} threads"]
-    columns = ("op", "backend", "case", "dtype", "ms", "gb_per_s", "percent_of_roofline", "over_eager", "over_compile")
-    cells = [columns, *(tuple(_cell(row.get(column)) for column in columns) for row in data["rows"])]
+    columns = [name for name in COLUMNS if any(name in row for row in data["rows"])]
+    cells = [tuple(columns), *(tuple(_cell(row.get(column)) for column in columns) for row in data["rows"])]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     for claim in data["claims"]:

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from vivace.engine.plan import Binding, Plan, Rule, Variant
-from vivace.engine.verify import check_conflicts, said, verify
+from vivace.engine.verify import MAX_CELLS, check_conflicts, said, verify
 from vivace.errors import PlanError, ShapeError
 
 
@@ -60,25 +60,37 @@ def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None)
     for info in plan.tensors:
         if info.shape != shape:
             raise PlanError(f"bind: side-car tensor {info.key!r} has shape {info.shape}, the latent {shape}")
-    steps = []
+    bound: dict[Variant, Variant] = {}  # rows mostly share a few
+    cells = 0
     for i, step in enumerate(plan.steps):
-        variant = None if step.variant is None else _bind_variant(f"step {i}", step.variant, spec, tokens)
-        guard = step.guard
-        if guard is not None:
-            guard = replace(guard, otherwise=_bind_variant(f"step {i} guard", guard.otherwise, spec, tokens))
-        steps.append(replace(step, variant=variant, guard=guard))
-    return verify(replace(plan, steps=tuple(steps), binding=binding))
+        wanted = {f"step {i}": step.variant, f"step {i} guard": None if step.guard is None else step.guard.otherwise}
+        for where, variant in wanted.items():
+            if variant is not None and variant not in bound:
+                rules = tuple(replace(rule, blocks=_absolute(where, rule, spec.blocks)) for rule in variant.rules)
+                cells += sum((r.blocks[1] - r.blocks[0]) * len(r.branches or variant.branches) for r in rules)
+                if cells > MAX_CELLS:
+                    raise PlanError(f"{where}: rules name more than {MAX_CELLS} blocks up to here; use fewer variants")
+                bound[variant] = _bind_variant(where, replace(variant, rules=rules), spec, tokens)
+    steps = tuple(
+        replace(
+            step,
+            variant=None if step.variant is None else bound[step.variant],
+            guard=None if step.guard is None else replace(step.guard, otherwise=bound[step.guard.otherwise]),
+        )
+        for step in plan.steps
+    )
+    return verify(replace(plan, steps=steps, binding=binding))
 
 
 def _bind_variant(where: str, variant: Variant, spec: ModelSpec, tokens: int) -> Variant:
+    """`variant`, whose ranges are absolute already, with a token count and rules in normal form."""
     missing = set(variant.branches) - set(spec.branches)
     if missing:
         raise PlanError(f"{where}: branches {sorted(missing)} are not offered by model {spec.name!r} {spec.branches}")
     group = spec.token_group
-    keep = min(tokens, max(group, round(variant.keep * tokens / group) * group))
-    rules = tuple(replace(rule, blocks=_absolute(where, rule, spec.blocks)) for rule in variant.rules)
-    check_conflicts(where, replace(variant, rules=rules))
-    return replace(variant, keep=float(keep), rules=normal_form(rules, variant.branches))
+    keep = tokens if variant.keep == 1.0 else min(tokens, max(group, round(variant.keep * tokens / group) * group))
+    check_conflicts(where, variant)
+    return replace(variant, keep=float(keep), rules=normal_form(variant.rules, variant.branches))
 
 
 def _absolute(where: str, rule: Rule, blocks: int) -> tuple[int, int]:
@@ -94,23 +106,32 @@ def _absolute(where: str, rule: Rule, blocks: int) -> tuple[int, int]:
 
 def normal_form(rules: tuple[Rule, ...], branches: tuple[str, ...]) -> tuple[Rule, ...]:
     """The one way to write `rules`: per site and run of equal blocks one rule, branches merged, sorted."""
-    cells: dict[tuple[str, str, int], dict[str, Any]] = {}
+    claims: dict[tuple[str, str], list[tuple[tuple[int, int], dict[str, Any]]]] = {}
     for rule in rules:
         for branch in rule.branches or branches:
-            for block in range(*rule.blocks):
-                cells.setdefault((rule.site, branch, block), {}).update(said(rule))
+            claims.setdefault((rule.site, branch), []).append((rule.blocks, said(rule)))
     runs: dict[tuple[str, tuple[int, int], tuple[tuple[str, Any], ...]], set[str]] = {}
-    for site, branch in sorted({key[:2] for key in cells}):
-        start = 0
-        blocks = sorted(block for s, b, block in cells if (s, b) == (site, branch))
-        for n, block in enumerate(blocks):
-            fields = cells[site, branch, block]
-            end = n + 1 == len(blocks) or blocks[n + 1] != block + 1 or cells[site, branch, block + 1] != fields
-            if end and fields:
-                runs.setdefault((site, (blocks[start], block + 1), tuple(sorted(fields.items()))), set()).add(branch)
-            start = n + 1 if end else start
+    for (site, branch), claimed in claims.items():
+        for span, fields in _merged(claimed):
+            runs.setdefault((site, span, fields), set()).add(branch)
     out = []
-    for (site, span, fields_key), owners in runs.items():
+    for (site, span, fields), owners in runs.items():
         listed = None if owners == set(branches) else tuple(b for b in branches if b in owners)
-        out.append(Rule(span, site, listed, **dict(fields_key)))
+        out.append(Rule(span, site, listed, **dict(fields)))
     return tuple(sorted(out, key=lambda rule: (rule.blocks, rule.site, rule.branches or ())))
+
+
+def _merged(claimed: list[tuple[tuple[int, int], dict[str, Any]]]) -> list[tuple[tuple[int, int], tuple[Any, ...]]]:
+    """Longest runs of blocks of which the same is said, in order; blocks of which nothing is said are left out."""
+    cells: dict[int, dict[str, Any]] = {}
+    for span, fields in claimed:
+        for block in range(*span):
+            cells.setdefault(block, {}).update(fields)
+    runs: list[tuple[tuple[int, int], tuple[Any, ...]]] = []
+    for block in sorted(cells):
+        said_of = tuple(sorted(cells[block].items()))
+        if runs and runs[-1] == ((runs[-1][0][0], block), said_of):
+            runs[-1] = ((runs[-1][0][0], block + 1), said_of)
+        elif said_of:
+            runs.append(((block, block + 1), said_of))
+    return runs

@@ -8,28 +8,21 @@ class returns NaN (UniPC above order 1, or with bh1, in a step to sigma = 0) the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vivace.engine import diffusers_grids as grids
-from vivace.engine.diffusers_grids import FIELDS, Request
+from vivace.engine.diffusers_classes import make
+from vivace.engine.diffusers_config import FIELDS, Request, plain, read_fields
 from vivace.engine.noise_schedule import read_config
-from vivace.engine.plan import Args, Plan, Recipe, Step, Transform
-from vivace.engine.solvers.ddim import ddim_rows
-from vivace.engine.solvers.dpmpp import dpmpp_rows
-from vivace.engine.solvers.flow_euler import flow_euler
-from vivace.engine.solvers.rows import falling_orders, start_from_latent, start_from_noise
-from vivace.engine.solvers.unipc import unipc_rows
-from vivace.engine.timesteps import Grid, choose, numbers, require_steps, spaced
+from vivace.engine.plan import Args, Plan, Recipe
+from vivace.engine.solvers.rows import start_from_latent, start_from_noise
+from vivace.engine.timesteps import numbers, require_steps
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, UnsupportedError
 
-FEW_STEPS = 15  # `lower_order_final` of DPMSolverMultistepScheduler acts below this number of steps
-
-Made = tuple[Grid, str, Callable[[int], tuple[Step, ...]]]  # grid, prediction, rows from a first row on
+ENDS_WITH_SIGMA = ("EulerDiscreteScheduler",)  # explicit sigmas of these classes include the final level
 
 
 def plan_from_diffusers(
@@ -56,21 +49,27 @@ def plan_from_diffusers(
         raise UnsupportedError(
             f"scheduler {name or 'without _class_name'!r} is not covered; covered: {', '.join(FIELDS)}"
         )
-    stored = {field: grids.plain(name, field, fields[field]) for field in FIELDS[name] if field in fields}
+    stored = {field: plain(name, field, fields[field]) for field in FIELDS[name] if field in fields}
     changed = {field: value for field, value in stored.items() if value != FIELDS[name][field]}
     arguments: dict[str, Any] = {"scheduler": {"_class_name": name, **changed}, "steps": steps}
     for key, value in (("timesteps", timesteps), ("sigmas", sigmas)):
         if value is not None:
             arguments[key] = numbers(value, key).tolist()
-            arguments["steps"] = len(arguments[key])
+            arguments["steps"] = len(arguments[key]) - (key == "sigmas" and name in ENDS_WITH_SIGMA)
     if mu is not None:
         arguments["mu"] = float(mu)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is not None:
         values = grids.own_table(name, table)
         arguments["table"] = {"dtype": values.dtype.name, "values": values.tolist()}
+    if timesteps is None:
+        count = require_steps(arguments["steps"])
+        own = grids.run_tables(name, scheduler, read_fields(name, changed), count, arguments.get("sigmas"))
+        if own is not None:
+            arguments["own"] = own
     if name.startswith("FlowMatch"):  # `set_shift` changes the shift of an object after its making
-        arguments["shift"] = float(getattr(scheduler, "shift", changed.get("shift", 1.0)))
+        own_shift = scheduler.shift if hasattr(scheduler, "set_shift") else changed.get("shift", 1.0)
+        arguments["shift"] = float(own_shift)
     return remake(Args.of(arguments), None if strength == 1.0 else strength)
 
 
@@ -78,20 +77,17 @@ def remake(arguments: Args, tail: float | None = None) -> Plan:
     """The plan of a recipe made by `plan_from_diffusers`, cut to its tail if there is one."""
     values = arguments.to_dict()
     name = values["scheduler"]["_class_name"]
-    config = grids.read_fields(name, {k: v for k, v in values["scheduler"].items() if k != "_class_name"})
+    config = read_fields(name, {k: v for k, v in values["scheduler"].items() if k != "_class_name"})
     config["current_shift"] = values.get("shift")
     saved = values.get("table")
     table = np.asarray(saved["values"], dtype=saved["dtype"]) if saved else grids.table_of_config(name, config)
-    steps = require_steps(values["steps"])
-    request = Request(name, config, steps, values.get("timesteps"), values.get("sigmas"), values.get("mu"), table)
-    for key in ("timesteps", "sigmas"):
-        if key in values and (name, key) not in _EXPLICIT:
-            raise ArgumentError(f"{name}: its set_timesteps takes no {key}")
-    grid, prediction, rows = _MAKERS[name](request)
-    first = first_row(grid.steps, tail)
-    init = start_from_noise(1.0) if tail is None else start_from_latent(grid.level(first))
-    recipe = Recipe("from_diffusers", arguments, tail)
-    return verify(Plan(rows(first), prediction, init, recipe))
+    steps, mu = require_steps(values["steps"]), values.get("mu")
+    given = values.get("timesteps"), values.get("sigmas")
+    made = make(Request(name, config, steps, *given, mu, table, tail, values.get("own")))
+    first = first_row(made.steps or made.grid.steps, tail)
+    first = 0 if made.tailed else first
+    init = start_from_noise(made.scale) if tail is None else start_from_latent(made.grid.level(first))
+    return verify(Plan(made.rows(first), made.prediction, init, Recipe("from_diffusers", arguments, tail)))
 
 
 def first_row(steps: int, strength: float | None) -> int:
@@ -104,105 +100,3 @@ def first_row(steps: int, strength: float | None) -> int:
     if kept == 0:
         raise ArgumentError(f"strength: {strength} of {steps} steps leaves no step; needs at least {1.0 / steps:g}")
     return steps - kept
-
-
-# ---------------------------------------------------------------- the four classes
-def _ddim(request: Request) -> Made:
-    """DDIM: steps from t to t - T // N, whatever the next timestep is; eta = 0."""
-    steps, count, table = request.steps, request.train_steps, request.table.astype(np.float64)
-    if steps > count:
-        raise ArgumentError(f"steps: {steps} is more than the {count} training timesteps")
-    index = spaced(request["timestep_spacing"], count, steps, offset=request["steps_offset"], points=steps).astype(int)
-    if index.max() >= count:
-        raise ArgumentError(f"steps_offset: timestep {index.max()} is beyond the {count} training timesteps")
-    after = index - count // steps
-    final = 1.0 if request["set_alpha_to_one"] else table[0]
-    ends = np.where(after >= 0, table[np.maximum(after, 0)], final)
-    levels = np.append(table[index], ends[-1])
-    grid = grids.make_levels(index, np.sqrt(levels), np.sqrt(1.0 - levels))
-    targets = list(zip(np.sqrt(ends).tolist(), np.sqrt(1.0 - ends).tolist(), strict=True))
-    prediction = grids.prediction_of(request)
-    limit = float(request["clip_sample_range"])
-    transform = grids.threshold_of(request)
-    if transform is None and request["clip_sample"]:
-        transform = Transform("clamp", "m0", params=(("low", -limit), ("high", limit)))
-    return grid, prediction, lambda first: ddim_rows(grid.tail(first), prediction, targets[first:], transform=transform)
-
-
-def _dpmpp(request: Request) -> Made:
-    """DPM-Solver++ of order 1 or 2; order 1 in the last row by its own three rules."""
-    order = grids.order_of(request, 2)
-    variant = {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}.get(
-        request["solver_type"], request["solver_type"]
-    )
-    choose(f"{request.name}: solver_type", variant, ("midpoint", "heun"))
-    sigmas, fed = grids.dpmpp_sigmas(request)
-    zero = request["final_sigmas_type"] == "zero"
-    grid = grids.sigma_grid(request, sigmas, 0.0 if zero else float(request.table[0]), fed)
-    orders = [order] * grid.steps
-    if zero or request["euler_at_final"] or (request["lower_order_final"] and grid.steps < FEW_STEPS):
-        orders[-1] = 1
-    prediction, transform = grids.prediction_of(request), grids.threshold_of(request)
-    return grid, prediction, lambda first: dpmpp_rows(grid.tail(first), prediction, orders[first:], variant, transform)
-
-
-def _unipc(request: Request) -> Made:
-    """UniPC in x0 form. A row that ends at sigma = 0 is of order 1 even without `lower_order_final`."""
-    order = grids.order_of(request, 3)
-    variant = {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}.get(request["solver_type"], request["solver_type"])
-    choose(f"{request.name}: solver_type", variant, ("bh1", "bh2"))
-    sigmas, fed, last = grids.unipc_sigmas(request)
-    grid = grids.sigma_grid(request, sigmas, last if request["final_sigmas_type"] == "sigma_min" else 0.0, fed)
-    orders = falling_orders(grid.steps, order, bool(request["lower_order_final"]))
-    corrected = [row not in request["disable_corrector"] for row in range(grid.steps)]
-    prediction, transform = grids.prediction_of(request), grids.threshold_of(request)
-    return (
-        grid,
-        prediction,
-        lambda first: unipc_rows(grid.tail(first), prediction, orders[first:], variant, corrected[first:], transform),
-    )
-
-
-def _flow_euler(request: Request) -> Made:
-    """Flow Euler: sigmas, shift, stretch to `shift_terminal`, Karras, in this order; then 0."""
-    count, shift = request.train_steps, request["current_shift"]
-    if request.timesteps is not None and request.sigmas is not None and len(request.timesteps) != len(request.sigmas):
-        raise ArgumentError(f"timesteps: {len(request.timesteps)} given, but {len(request.sigmas)} sigmas")
-    ends = np.asarray([count, 1], dtype=np.float32) / np.float32(count)
-    if not request["use_dynamic_shifting"]:
-        ends = grids.shifted(ends, request["shift"])
-    given = None if request.timesteps is None else np.asarray(request.timesteps, dtype=np.float32)
-    sigmas: npt.NDArray[Any]
-    if request.sigmas is not None:
-        sigmas = np.asarray(request.sigmas, dtype=np.float32)
-    elif given is not None:
-        sigmas = given / count
-    else:
-        sigmas = np.linspace(float(ends[0]) * count, float(ends[1]) * count, request.steps) / count
-    sigmas = (
-        grids.dynamically_shifted(request, sigmas) if request["use_dynamic_shifting"] else grids.shifted(sigmas, shift)
-    )
-    if request["shift_terminal"]:
-        sigmas = grids.stretched(sigmas, request["shift_terminal"])
-    if request["use_karras_sigmas"]:
-        sigmas = grids.karras(float(sigmas[-1]), float(sigmas[0]), request.steps)
-    levels = sigmas.astype(np.float32)
-    fed = given if given is not None else levels * np.float32(count)
-    values = np.append(levels.astype(np.float64), 0.0)
-    grids.require_falling(request, values)
-    grid = grids.make_levels(fed, 1.0 - values, values)
-    return grid, "flow", lambda first: flow_euler(grid.tail(first), "flow")
-
-
-_MAKERS: Mapping[str, Callable[[Request], Made]] = {
-    "DDIMScheduler": _ddim,
-    "DPMSolverMultistepScheduler": _dpmpp,
-    "UniPCMultistepScheduler": _unipc,
-    "FlowMatchEulerDiscreteScheduler": _flow_euler,
-}
-_EXPLICIT = (
-    ("DPMSolverMultistepScheduler", "timesteps"),
-    ("UniPCMultistepScheduler", "sigmas"),
-    ("FlowMatchEulerDiscreteScheduler", "timesteps"),
-    ("FlowMatchEulerDiscreteScheduler", "sigmas"),
-)

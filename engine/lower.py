@@ -2,7 +2,8 @@
 
 A kernel row computes up to `OUTPUTS` linear combinations of up to `SOURCES` slots. A slot that nothing reads later is
 never written: its formula is folded into the ones that read it. Ops that do not fit one kernel row become several.
-The network's next input, `x_scale * x`, is one more output of the row before it.
+The network's next input, `x_scale * x`, is one more output of the row before it. A Transform that reduces over the
+sample becomes a reduction row, which has the formula of its slot, and a mark on the slot's output in the row after it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from vivace.engine.plan import Affine, Coef, InputRef, Op, Plan, TensorRef, Transform, reads, writes
-from vivace.errors import UnsupportedError
+from vivace.errors import ArgumentError, UnsupportedError
 from vivace.kernels.solver_step.table import (
+    KIND_AT,
     NET,
     NOISE,
     NONE,
     ONE,
     OUT,
     OUTPUTS,
+    RESCALE,
     SOURCES,
     TENSOR,
+    THRESHOLD,
     Output,
+    Reduction,
+    Row,
     StepTable,
     build_table,
 )
@@ -30,6 +36,7 @@ PREV = 1 << 31  # source code of output l of the same kernel row: PREV + k
 Formula = dict[tuple[int, int], float]  # (source code, scale code) -> coefficient
 _ACC = "acc_"  # scratch slot of a sum with too many terms
 _FEED = "net_"  # stands for the network-input plane among the slots of a row
+_INFINITE = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,10 @@ class Lowered:
     start: tuple[int, int]
     slots: Mapping[str, int]
     noisy: bool
+
+    def reduces(self, row: int) -> bool:
+        """Kernel row `row` is a reduction row."""
+        return bool(self.table.ints[row, KIND_AT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +81,11 @@ def slot_names(plan: Plan, given: Given) -> dict[str, int]:
 def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = None) -> Lowered:
     """Lower every row of `plan`; `side_car`: number of each plan tensor in the list the executor is handed.
 
-    Raises: UnsupportedError naming the row, when an op is beyond the fused step.
+    Raises: UnsupportedError naming the row, when an op is beyond the fused step; ArgumentError for a parameter.
     """
     codes = _Codes(slot_names(plan, given), given, side_car or {})
     live = _live_after(plan)
-    kernel_rows: list[list[Output]] = []
+    kernel_rows: list[Row] = []
     spans = []
     start: tuple[Op, ...] = plan.init
     if "x_init" in given.tensors:
@@ -91,12 +102,12 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
             ops = (*ops, Affine(_FEED, ((following.x, following.x_scale),)))
         try:
             made = _rows(codes, branches, ops, live[i] | {_FEED})
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{'init' if step is None else f'step {i - 1}'}: {error}") from None
+        except (ArgumentError, UnsupportedError) as error:
+            raise type(error)(f"{'init' if step is None else f'step {i - 1}'}: {error}") from None
         spans.append((len(kernel_rows), len(kernel_rows) + len(made)))
         kernel_rows.extend(made)
-    noisy = any(term[0] >= NOISE for row in kernel_rows for output in row for term in output.terms)
-    return Lowered(build_table(kernel_rows, "float64"), tuple(spans[1:]), spans[0], codes.slots, noisy)
+    table = build_table(kernel_rows, "float64")
+    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots, table.facts.noise)
 
 
 # --- liveness --------------------------------------------------------------------------------------------------------
@@ -147,26 +158,32 @@ class _Codes:
             return (1.0, self.slots[f"input:{coef.name}"]) if value is None else (float(value), NONE)
         raise UnsupportedError("a coefficient per token age needs a row that recomputes a part of the tokens")
 
+    def number(self, what: str, coef: Coef) -> float:
+        """A coefficient that may not be a tensor."""
+        value, scale = self.coef(coef)
+        if scale != NONE:
+            raise UnsupportedError(f"{what} takes a number, not a tensor")
+        return value
+
 
 class _TooMuch(Exception):
     """The ops do not fit one kernel row."""
 
 
-def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[list[Output]]:
+def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[Row]:
     """Kernel rows of `ops`: as few as possible; what a later one reads is kept in slots."""
     ops = [part for op in ops for part in _narrow(op)]
-    done = []
+    done: list[Row] = []
     while ops:
         for count in range(len(ops), 0, -1):
             try:
-                row = _fold(codes, branches, ops[:count], _live_before(ops[count:], live))
+                rows = _fold(codes, branches, ops[:count], _live_before(ops[count:], live))
                 break
             except _TooMuch:
                 continue
         else:
             raise UnsupportedError(f"{ops[0]} does not fit the fused step")
-        if row:
-            done.append(row)
+        done += rows
         ops = ops[count:]
     return done
 
@@ -179,65 +196,93 @@ def _narrow(op: Op) -> list[Op]:
     return [Affine(_ACC, op.terms[:SOURCES]), *_narrow(rest)]
 
 
-def _fold(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[Output]:
-    """One kernel row that does `ops` and leaves `live` in the pool. Raises _TooMuch when it does not fit."""
-    env: dict[str, Formula] = {out: {(code, NONE): 1.0} for out, code in branches.items()}
-    outputs: list[Output] = []
-    last = {writes(op): n for n, op in enumerate(ops)}
+def _fold(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[Row]:
+    """The kernel row that does `ops` and leaves `live` in the pool, after a reduction row if an op needs one.
 
-    def formula(terms: Sequence[tuple[str, Coef]]) -> Formula:
+    Raises: _TooMuch when they do not fit.
+    """
+    row = _Folded(codes, {out: {(code, NONE): 1.0} for out, code in branches.items()})
+    last = {writes(op): n for n, op in enumerate(ops)}
+    for n, op in enumerate(ops):
+        if isinstance(op, Transform):
+            row.transform(op)
+            continue
+        row.env[op.dst] = row.formula(op.terms)
+        if last[op.dst] == n and op.dst in live:
+            row.keep(op.dst)
+    row.check()
+    return [part for part in (row.reduction, row.outputs) if part]
+
+
+class _Folded:
+    """A kernel row in the making: formulas of slots, outputs so far, the reduction that goes before it."""
+
+    def __init__(self, codes: _Codes, env: dict[str, Formula]) -> None:
+        self.codes, self.env = codes, env
+        self.outputs: list[Output] = []
+        self.reduction: Reduction | None = None
+
+    def formula(self, terms: Sequence[tuple[str, Coef]]) -> Formula:
+        """Sum of coefficient * slot over the slots as they were before the row."""
         total: Formula = {}
         for slot, coef in terms:
-            number, scale = codes.coef(coef)
-            base = env[slot] if slot in env else {(codes.source(slot), NONE): 1.0}
-            for (source, inner), weight in (base if scale == NONE else _expanded(base, outputs)).items():
+            number, scale = self.codes.coef(coef)
+            base = self.env[slot] if slot in self.env else {(self.codes.source(slot), NONE): 1.0}
+            for (source, inner), weight in (base if scale == NONE else self.expanded(base)).items():
                 if scale != NONE and inner != NONE:
                     raise _TooMuch  # a product of two tensors: keep the inner one in a slot
                 key = (source, max(scale, inner))
                 total[key] = total.get(key, 0.0) + number * weight
         return {key: weight for key, weight in total.items() if weight != 0.0}
 
-    for n, op in enumerate(ops):
-        slot = writes(op)
-        if isinstance(op, Affine):
-            env[slot] = formula(op.terms)
-            if last[slot] != n or slot not in live:
+    def expanded(self, base: Formula) -> Formula:
+        """`base` without references to outputs of the same row: they take no scale, and a reduction sees none."""
+        total: Formula = {}
+        for key, weight in base.items():
+            if key[0] < PREV:
+                total[key] = total.get(key, 0.0) + weight
                 continue
-            low, high = -float("inf"), float("inf")
-        else:
-            low, high = _clamp(codes, op)
-            env[slot] = formula(((slot, 1.0),))
-        terms = [(*key, weight) for key, weight in env[slot].items() if key[0] < PREV]
-        prev = [env[slot].get((PREV + k, NONE), 0.0) for k in range(len(outputs))]
-        outputs.append(Output(NET if slot == _FEED else codes.slots[slot], terms, prev, low, high))
-        env[slot] = {(PREV + len(outputs) - 1, NONE): 1.0}
-    sources = {term[:2] for output in outputs for term in output.terms}
-    if len(outputs) > min(OUTPUTS, len({output.destination for output in outputs})) or len(sources) > SOURCES:
-        raise _TooMuch
-    return outputs
+            output = self.outputs[key[0] - PREV]
+            if output.adjusted or output.low > -_INFINITE or output.high < _INFINITE:
+                raise _TooMuch
+            inner = {(source, scale): w for source, scale, w in output.terms}
+            inner |= {(PREV + k, NONE): w for k, w in enumerate(output.prev) if w}
+            for inner_key, inner_weight in self.expanded(inner).items():
+                total[inner_key] = total.get(inner_key, 0.0) + weight * inner_weight
+        return total
 
+    def keep(self, slot: str, low: float = -_INFINITE, high: float = _INFINITE, adjusted: bool = False) -> None:
+        """The slot becomes an output; who reads it from now on reads that."""
+        formula = self.env[slot]
+        terms = [(*key, weight) for key, weight in formula.items() if key[0] < PREV]
+        prev = [formula.get((PREV + k, NONE), 0.0) for k in range(len(self.outputs))]
+        destination = NET if slot == _FEED else self.codes.slots[slot]
+        self.outputs.append(Output(destination, terms, prev, low, high, adjusted))
+        self.env[slot] = {(PREV + len(self.outputs) - 1, NONE): 1.0}
 
-def _expanded(base: Formula, outputs: Sequence[Output]) -> Formula:
-    """`base` without references to outputs of the same row, which cannot carry a scale tensor."""
-    total: Formula = {}
-    for key, weight in base.items():
-        if key[0] < PREV:
-            total[key] = total.get(key, 0.0) + weight
-            continue
-        output = outputs[key[0] - PREV]
-        if output.low > -float("inf") or output.high < float("inf"):
+    def transform(self, op: Transform) -> None:
+        """Clamp while writing; or reduce first, and let the output take what comes of it."""
+        self.env[op.slot] = self.formula(((op.slot, 1.0),))
+        numbers = [self.codes.number(f"{op.kind} of {op.slot!r}: {name}", coef) for name, coef in op.params]
+        if op.kind == "clamp":
+            low, high = numbers
+            self.keep(op.slot, low, high)
+            return
+        if self.reduction is not None:
+            raise _TooMuch  # one a row: a sample has one (low, high, gain)
+        reduced = [self.expanded(self.formula(((slot, 1.0),))) for slot in (op.slot, *op.reads)]
+        terms = [[(*key, weight) for key, weight in formula.items() if weight != 0.0] for formula in reduced]
+        self.reduction = Reduction(_REDUCES[op.kind], terms, *numbers)
+        self.keep(op.slot, adjusted=True)
+
+    def check(self) -> None:
+        """The outputs and the sources of both rows fit."""
+        destinations = {output.destination for output in self.outputs}
+        if len(self.outputs) > min(OUTPUTS, len(destinations)):
             raise _TooMuch
-        inner = {(source, scale): w for source, scale, w in output.terms}
-        inner |= {(PREV + k, NONE): w for k, w in enumerate(output.prev) if w}
-        for inner_key, inner_weight in _expanded(inner, outputs).items():
-            total[inner_key] = total.get(inner_key, 0.0) + weight * inner_weight
-    return total
+        for outputs in (self.outputs, () if self.reduction is None else self.reduction.outputs):
+            if len({term[:2] for output in outputs for term in output.terms}) > SOURCES:
+                raise _TooMuch
 
 
-def _clamp(codes: _Codes, op: Transform) -> tuple[float, float]:
-    if op.kind != "clamp":
-        raise UnsupportedError(f"transform {op.kind!r} needs a reduction over the sample; the step runs clamp only")
-    (low, low_scale), (high, high_scale) = (codes.coef(coef) for _, coef in op.params)
-    if max(low_scale, high_scale) != NONE:
-        raise UnsupportedError("a clamp takes numbers as bounds, not tensors")
-    return low, high
+_REDUCES = {"dynamic_threshold": THRESHOLD, "cfg_rescale": RESCALE}

@@ -1,13 +1,14 @@
 """Plan data <-> JSON data. The schema of a file is the schema of the dataclasses: one row of `READERS` per type.
 
-Strict both ways: unknown fields, duplicate keys, NaN, Infinity, overflow and integers in place of floats are errors;
-fields that hold their default are left out, so that every plan has one form.
+Strict both ways: unknown fields, duplicate keys, NaN, Infinity, overflow, control characters and integers in place of
+floats are errors; fields that hold their default are left out, so that every plan has one form.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -18,7 +19,8 @@ from vivace.errors import PlanFileError
 FORMAT = "vivace-plan"
 VERSION = 1
 MAX_DEPTH = 32
-DTYPES = ("float64", "float32", "float16")
+MAX_TEXT = 256  # characters of a name
+MAX_INT = 1 << 53  # every integer of a plan is exact as a float too
 
 Reader = Callable[[Any, str], Any]
 
@@ -67,7 +69,7 @@ def parse(raw: bytes) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, no overflow, bounded depth."""
     try:
         text = raw.decode("utf-8")
-        if _depth(text) > MAX_DEPTH:
+        if _too_deep(text):
             raise PlanFileError(f"nested deeper than {MAX_DEPTH} levels")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
@@ -78,21 +80,19 @@ def parse(raw: bytes) -> Any:
         raise error if isinstance(error, PlanFileError) else PlanFileError("a number is too long") from None
 
 
-def _depth(text: str) -> int:
-    """Deepest nesting of brackets outside strings, before the recursive parser sees them."""
-    deepest = level = 0
-    quoted = escaped = False
-    for char in text:
-        if quoted:
-            quoted, escaped = escaped or char != '"', not escaped and char == "\\"
-        elif char == '"':
-            quoted = True
-        elif char in "[{":
-            level += 1
-            deepest = max(deepest, level)
-        elif char in "]}":
-            level -= 1
-    return deepest
+# Strings, and what is neither string nor bracket; possessive throughout, so that time is linear.
+_NO_BRACKET = re.compile(r'(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^]["{}]++)++', re.DOTALL)
+
+
+def _too_deep(text: str) -> bool:
+    """Whether brackets outside strings nest deeper than MAX_DEPTH, found before the recursive parser sees them.
+
+    Each round takes away the innermost pairs, so a legal text is empty after as many rounds as it has levels.
+    """
+    rest = _NO_BRACKET.sub("", text).replace("{", "[").replace("}", "]")
+    for _ in range(MAX_DEPTH):
+        rest = rest.replace("[]", "")
+    return "[]" in rest or rest.count("[") > MAX_DEPTH
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         seen: set[str] = set()
         double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise PlanFileError(f"key {double!r} stands twice in one object")
+        raise PlanFileError(f"key {double!r:.60} stands twice in one object")
     return out
 
 
@@ -123,8 +123,8 @@ def _float(value: Any, where: str) -> float:
 
 
 def _int(value: Any, where: str) -> int:
-    if type(value) is not int:
-        raise PlanFileError(f"{where}: {value!r:.60} is not an integer")
+    if type(value) is not int or abs(value) > MAX_INT:
+        raise PlanFileError(f"{where}: {value!r:.60} is not an integer of at most 53 bits")
     return value
 
 
@@ -135,8 +135,8 @@ def _bool(value: Any, where: str) -> bool:
 
 
 def _str(value: Any, where: str) -> str:
-    if type(value) is not str or len(value) > 256:
-        raise PlanFileError(f"{where}: {value!r:.60} is not a string of at most 256 characters")
+    if type(value) is not str or len(value) > MAX_TEXT or not value.isprintable():
+        raise PlanFileError(f"{where}: {value!r:.60} is not a string of at most {MAX_TEXT} printable characters")
     return value
 
 
@@ -163,13 +163,29 @@ def _pair(first: Reader, second: Reader) -> Reader:
 
 
 def _action(value: Any, where: str) -> p.Action:
-    if value not in p.Action.__members__:
+    if type(value) is not str or value not in p.Action.__members__:
         raise PlanFileError(f"{where}: action {value!r:.60}; use one of {', '.join(p.Action.__members__)}")
     return p.Action[value]
 
 
 def _args(value: Any, where: str) -> p.Args:
-    return p.Args.of(_object(value, where))
+    _free(_object(value, where), where)
+    return p.Args.of(value)
+
+
+def _free(value: Any, where: str) -> None:
+    """Free JSON, as a recipe's arguments are: only integers and texts have bounds."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _str(name, where)
+            _free(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _free(item, where)
+    elif isinstance(value, str):
+        _str(value, where)
+    elif type(value) is int:
+        _int(value, where)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -218,13 +234,14 @@ def _known(data: dict[str, Any], allowed: Mapping[str, Any], where: str) -> None
 
 def _record(cls: type) -> Reader:
     """Reader of one dataclass by its row of `READERS`."""
+    needed = [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
 
     def reader(value: Any, where: str) -> Any:
         data, readers = _object(value, where), READERS[cls]
         _known(data, readers, where)
-        for field in fields(cls):
-            if field.name in readers and field.name not in data and field.default is MISSING:
-                raise PlanFileError(f"{where}: field {field.name!r} is missing")
+        for name in needed:
+            if name not in data:
+                raise PlanFileError(f"{where}: field {name!r} is missing")
         return cls(**{name: readers[name](item, f"{where}.{name}") for name, item in data.items()})
 
     return reader
@@ -301,7 +318,4 @@ def decode(data: Any) -> p.Plan:
     if type(version) is not int or version != VERSION:
         raise PlanFileError(f"format version {version!r:.20}; this release reads {VERSION}")
     plan: p.Plan = _record(p.Plan)(data, "plan")
-    for info in plan.tensors:
-        if info.dtype not in DTYPES:
-            raise PlanFileError(f"tensor {info.key!r}: dtype {info.dtype!r}; use one of {', '.join(DTYPES)}")
     return plan

@@ -35,3 +35,11 @@ def to_eps(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
         norm = alpha * alpha + sigma * sigma
         return sigma / norm, alpha / norm
     return 1.0 / (alpha + sigma), alpha / (alpha + sigma)
+
+
+def to_flow(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(p, q) with eps - x0 = p x + q out, from x = alpha x0 + sigma eps. Raises PlanError as `to_x0`."""
+    if prediction == "flow":
+        return 0.0, 1.0
+    (ex, eo), (px, po) = to_eps(prediction, alpha, sigma), to_x0(prediction, alpha, sigma)
+    return ex - px, eo - po

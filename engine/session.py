@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vivace.engine.denoiser import Denoiser
-from vivace.engine.executors import Executor, Group
+from vivace.engine.executors import Executor, Group, KernelRows
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
@@ -183,8 +183,11 @@ class Session:
         kernel_rows = []
         for k in range(max((last - first for first, last in spans), default=0)):
             having = [(p, n) for p, n in enumerate(owner) if spans[n][0] + k < spans[n][1]]
-            rows = tuple(states[n].entry.base + spans[n][0] + k for _, n in having)
-            kernel_rows.append((tuple(p for p, _ in having), rows))
+            for reduces in (False, True):
+                part = [(p, n) for p, n in having if states[n].entry.lowered.reduces(spans[n][0] + k) == reduces]
+                if part:
+                    rows = tuple(states[n].entry.base + spans[n][0] + k for _, n in part)
+                    kernel_rows.append(KernelRows(tuple(p for p, _ in part), rows, reduces))
         steps = [state.plan.steps[max(state.row, 0)] for state in states]
         records: list[Any] = []
         group = Group(

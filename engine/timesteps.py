@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,23 @@ import numpy as np
 from vivace.engine.noise_schedule import FloatArray, NoiseSchedule, as_numpy
 from vivace.errors import ArgumentError
 
-GRIDS = ("uniform", "linspace", "leading", "trailing", "logsnr", "karras")
+GRIDS = ("uniform", "linspace", "leading", "trailing", "logsnr", "karras", "exponential", "beta")
+BETA_SHAPE = 0.6  # both parameters of the "beta" grid
 SPACINGS = ("linspace", "leading", "trailing")
 FINALS = ("zero", "sigma_min")
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """N rows and a final level. timesteps [N]: as fed to the network; alphas, sigmas [N + 1]: last of the result."""
+    """N rows and a final level. timesteps [N]: as fed to the network; alphas, sigmas [N + 1]: last of the result.
+
+    schedule: where the levels come from; solvers that evaluate between two rows, or interpolate in t, need it.
+    """
 
     timesteps: tuple[float, ...]
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
+    schedule: NoiseSchedule | None = field(default=None, compare=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -45,7 +50,24 @@ class Grid:
 
     def tail(self, first: int) -> Grid:
         """The grid from row `first` on."""
-        return Grid(self.timesteps[first:], self.alphas[first:], self.sigmas[first:])
+        return Grid(self.timesteps[first:], self.alphas[first:], self.sigmas[first:], self.schedule)
+
+    def known_schedule(self) -> NoiseSchedule:
+        """`schedule`. Raises ArgumentError when the grid was made without one."""
+        if self.schedule is None:
+            raise ArgumentError("grid: levels between rows are needed; use a grid of make_grid or give it a schedule")
+        return self.schedule
+
+    def at_lam(self, lam: float) -> tuple[float, tuple[float, float]]:
+        """(timestep, (alpha, sigma)) at a finite log-SNR; VP timesteps are clipped to the trained range."""
+        schedule = self.known_schedule()
+        if schedule.kind == "edm":
+            level = 1.0, math.exp(-lam)
+        elif schedule.kind == "flow":
+            level = 1.0 / (1.0 + math.exp(-lam)), 1.0 / (1.0 + math.exp(lam))
+        else:
+            level = 1.0 / math.sqrt(1.0 + math.exp(-2.0 * lam)), 1.0 / math.sqrt(1.0 + math.exp(2.0 * lam))
+        return schedule.timestep(schedule.t_of_lam(lam)), level
 
 
 def make_grid(
@@ -64,11 +86,12 @@ def make_grid(
         grid: one of `GRIDS`; None: "karras" for EDM, else "uniform".
             uniform: t evenly spaced, unrounded. linspace, leading, trailing: integer training timesteps, spaced and
             rounded as the multistep schedulers of `diffusers` do. logsnr: lam evenly spaced. karras:
-            (sigma/alpha)^(1/rho) evenly spaced (Karras et al. 2022, eq. 5; rho 7 except for EDM). Flow grids are
-            shifted.
+            (sigma/alpha)^(1/rho) evenly spaced (Karras et al. 2022, eq. 5; rho 7 except for EDM). exponential: log
+            sigma evenly spaced, sigma as in explicit `sigmas`: for VP and EDM the same as logsnr. beta: t at evenly
+            spaced quantiles of Beta(0.6, 0.6), denser at both ends (Lee et al. 2024). Flow grids are shifted.
         timesteps, sigmas: strictly towards less noise. A VP sigma beyond the trained range keeps its level; the network
             is fed the nearest trained timestep.
-        final: "zero": the result has no noise; logsnr and karras spread N points down to sigma_min before it.
+        final: "zero": the result has no noise; the last four grids spread N points down to sigma_min before it.
             "sigma_min": the result has the smallest trained level (VP: that of timestep 0); they spread N + 1 points.
     Raises: ArgumentError.
     """
@@ -102,8 +125,12 @@ def _named(schedule: NoiseSchedule, name: str, steps: int, final: str) -> FloatA
         index = spaced(name, schedule.train_steps, steps).astype(np.float64)
         return schedule.shifted((index + 1.0) / schedule.train_steps) if schedule.kind == "flow" else index
     points = steps if final == "zero" else steps + 1
+    if name == "beta":
+        return _beta(schedule, points)
+    if name == "exponential" and schedule.kind == "flow":
+        return np.exp(np.linspace(0.0, math.log(schedule.data_end), points))
     low, high = schedule.lam(schedule.finite_end), schedule.lam(schedule.data_end)
-    if name == "logsnr":
+    if name in ("logsnr", "exponential"):
         lams = np.linspace(low, high, points)
     else:
         rho = schedule.rho
@@ -135,10 +162,66 @@ def spaced(
     return np.arange(last, 0, -train_steps / steps, dtype=np.float64).round()[:steps] - 1.0
 
 
+def _beta(schedule: NoiseSchedule, points: int) -> FloatArray:
+    """t at the quantiles of Beta(0.6, 0.6) from `noise_end` to `data_end`, before the shift of a flow."""
+    shares = beta_quantile(np.linspace(1.0, 0.0, points), BETA_SHAPE, BETA_SHAPE)
+    low = 1.0 / (schedule.train_steps or 1) if schedule.kind == "flow" else schedule.data_end
+    return schedule.shifted(low + shares * (schedule.noise_end - low))
+
+
+def beta_quantile(shares: FloatArray, a: float, b: float) -> FloatArray:
+    """x with I_x(a, b) = share, the inverse of the regularised incomplete beta function, by bisection.
+
+    shares: float64 [n] in [0, 1]; a, b > 0. Absolute error below 1e-14 where the density is above 1.
+    """
+    shares = np.asarray(shares, dtype=np.float64)
+    low, high = np.zeros_like(shares), np.ones_like(shares)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = _incomplete_beta(middle, a, b) < shares
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(shares <= 0.0, 0.0, np.where(shares >= 1.0, 1.0, 0.5 * (low + high)))
+
+
+def _incomplete_beta(x: FloatArray, a: float, b: float) -> FloatArray:
+    """I_x(a, b): x^a / B(a, b) sum_n (1 - b)_n x^n / (n! (a + n)) for x <= 1/2, else 1 - I_{1-x}(b, a)."""
+    flipped = x > 0.5
+    z, one, two = np.where(flipped, 1.0 - x, x), np.where(flipped, b, a), np.where(flipped, a, b)
+    term, total = np.ones_like(z), 1.0 / one
+    for n in range(1, 64):
+        term = term * (n - two) / n * z
+        total = total + term / (one + n)
+    share = z**one * total * math.gamma(a + b) / (math.gamma(a) * math.gamma(b))
+    return np.where(flipped, 1.0 - share, share)
+
+
+def resolution_shift(
+    tokens: float,
+    base_tokens: float = 256,
+    max_tokens: float = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """mu, linear in the number of image tokens; `NoiseSchedule.flow(shift=math.exp(mu))` is the shift it stands for.
+
+    mu = base_shift at base_tokens, max_shift at max_tokens; beyond both the line goes on. Raises: ArgumentError.
+    Source: Esser et al. 2024, section 5.3.2 (shift with resolution), in its exponential form.
+    """
+    values = numbers((tokens, base_tokens, max_tokens, base_shift, max_shift), "resolution_shift")
+    if values[:3].min() <= 0.0 or base_tokens == max_tokens:
+        raise ArgumentError(
+            f"resolution_shift: needs token counts above 0 and base_tokens != max_tokens, got {tokens}, {base_tokens}, "
+            f"{max_tokens}"
+        )
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return float(base_shift + slope * (tokens - base_tokens))
+
+
 def _from_times(schedule: NoiseSchedule, times: FloatArray, end: tuple[float, float], name: str = "") -> Grid:
     """The grid of points t."""
     fed = schedule.timestep(times)
-    return _checked(fed, schedule.alpha(times), schedule.sigma(times), end, f"grid {name!r}" if name else "timesteps")
+    what = f"grid {name!r}" if name else "timesteps"
+    return _checked(schedule, fed, schedule.alpha(times), schedule.sigma(times), end, what)
 
 
 def _from_sigmas(schedule: NoiseSchedule, sigmas: FloatArray, end: tuple[float, float]) -> Grid:
@@ -148,12 +231,19 @@ def _from_sigmas(schedule: NoiseSchedule, sigmas: FloatArray, end: tuple[float, 
         raise ArgumentError(f"sigmas[{at}] = {sigmas[at]}: needs a level above 0; the final 0 is added by final='zero'")
     if schedule.kind != "vp":
         times = schedule.t_of_sigma(sigmas)
-        return _checked(schedule.timestep(times), schedule.alpha(times), schedule.sigma(times), end, "sigmas")
+        return _checked(schedule, schedule.timestep(times), schedule.alpha(times), schedule.sigma(times), end, "sigmas")
     alphas = 1.0 / np.sqrt(1.0 + sigmas**2)
-    return _checked(schedule.timestep(schedule.t_of_sigma(sigmas)), alphas, sigmas * alphas, end, "sigmas")
+    return _checked(schedule, schedule.timestep(schedule.t_of_sigma(sigmas)), alphas, sigmas * alphas, end, "sigmas")
 
 
-def _checked(times: FloatArray, alphas: FloatArray, sigmas: FloatArray, end: tuple[float, float], what: str) -> Grid:
+def _checked(
+    schedule: NoiseSchedule,
+    times: FloatArray,
+    alphas: FloatArray,
+    sigmas: FloatArray,
+    end: tuple[float, float],
+    what: str,
+) -> Grid:
     """A grid whose noise falls strictly, the final level included."""
     alphas, sigmas = np.append(alphas, end[0]), np.append(sigmas, end[1])
     falls = sigmas[1:] * alphas[:-1] < sigmas[:-1] * alphas[1:]
@@ -164,7 +254,7 @@ def _checked(times: FloatArray, alphas: FloatArray, sigmas: FloatArray, end: tup
             f"{what}: noise must fall from row to row, but {after} is not below row {at} (timestep {times[at]:g}); "
             "use fewer steps or another grid"
         )
-    return Grid(tuple(times.tolist()), tuple(alphas.tolist()), tuple(sigmas.tolist()))
+    return Grid(tuple(times.tolist()), tuple(alphas.tolist()), tuple(sigmas.tolist()), schedule)
 
 
 def require_steps(steps: Any) -> int:

@@ -117,7 +117,7 @@ class BackendTable(tuple[BackendRow, ...]):
 
 _REGISTRY: dict[str, OpSpec] = {}
 # Folders of this package that hold an op. Their modules register themselves when first imported.
-_OPS = ("philox_normal", "solver_step")
+_OPS = ("philox_normal", "sample_adjust", "solver_step")
 
 
 def register(spec: OpSpec) -> OpSpec:

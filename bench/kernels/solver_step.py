@@ -37,7 +37,7 @@ COMPILE_SECONDS = 90
 X, M1, M2, M3 = 0, 1, 2, 3
 X0 = {X: 1.02, OUT: -0.8, OUT + 1: 0.6}
 STEP = {X: 0.55, M1: -0.2, M2: 0.08, M3: -0.02}
-STEP_M0 = 0.55
+STEP_M0 = 0.25
 
 
 @dataclass(frozen=True, eq=False)

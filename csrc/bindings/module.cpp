@@ -12,6 +12,7 @@
 #include "core/machine.h"
 #include "ops/copy.h"
 #include "ops/philox_normal.h"
+#include "ops/sample_adjust.h"
 #include "ops/solver_step.h"
 #include "simd/cpu.h"
 
@@ -39,57 +40,90 @@ void check_length(const char* op, const char* name, const Ints& values, size_t w
   if (values.size() != wanted) fail(op, ": ", name, " has ", values.size(), " entries for a batch of ", wanted);
 }
 
-void check_address(const char* name, Address address, bool needed) {
-  if (needed && address == 0) fail("solver_step: ", name, " has no memory");
+void check_address(const char* op, const char* name, Address address, bool needed) {
+  if (needed && address == 0) fail(op, ": ", name, " has no memory");
 }
 
 // (address, stride of the sample axis in elements, dtype name) of each network output.
 using BranchTuple = std::tuple<Address, int64_t, std::string>;
 
+// What the ops that run rows of a table share, checked and kept alive for a call.
+struct Rows {
+  const char* op;
+  Address pool;
+  int64_t slots, capacity, numel;
+  const std::vector<BranchTuple>& outs;
+  const std::vector<Address>& tensors;
+  Address ints, floats;
+  int64_t table_rows;
+  const Ints &rows, &index;
+  const std::optional<Ints>&seeds, &pictures;
+  int64_t threads;
+  std::vector<Branch> branches{};
+  std::vector<const float*> sidecar{};
+
+  SolverStepArgs args() {
+    const bool work = numel > 0 && !rows.empty();
+    check_length(op, "index", index, rows.size());
+    if (seeds) check_length(op, "seeds", *seeds, rows.size());
+    if (pictures) check_length(op, "pictures", *pictures, rows.size());
+    check_address(op, "pool", pool, work && slots > 0 && capacity > 0);
+    check_address(op, "the table", ints, table_rows > 0);
+    check_address(op, "the table", floats, table_rows > 0);
+    for (const auto& [address, stride, dtype] : outs) {
+      check_address(op, "a network output", address, work);
+      branches.push_back({pointer<void>(address), stride, parse_dtype(dtype)});
+    }
+    for (const Address address : tensors) {
+      check_address(op, "a tensor", address, work);
+      sidecar.push_back(pointer<float>(address));
+    }
+    SolverStepArgs made{};
+    made.pool = pointer<float>(pool);
+    made.slots = slots, made.capacity = capacity, made.numel = numel;
+    made.outs = branches.data();
+    made.branches = static_cast<int64_t>(branches.size());
+    made.tensors = sidecar.data();
+    made.tensor_count = static_cast<int64_t>(sidecar.size());
+    made.ints = pointer<int32_t>(ints);
+    made.floats = pointer<float>(floats);
+    made.table_rows = table_rows;
+    made.rows = rows.data();
+    made.index = index.data();
+    made.batch = static_cast<int64_t>(rows.size());
+    made.seeds = seeds ? seeds->data() : nullptr;
+    made.pictures = pictures ? pictures->data() : nullptr;
+    made.threads = threads;
+    return made;
+  }
+};
+
 void py_solver_step(Address pool, int64_t slots, int64_t capacity, int64_t numel, const std::vector<BranchTuple>& outs,
                     Address net, const std::string& net_dtype, const std::vector<Address>& tensors, Address ints,
                     Address floats, int64_t table_rows, const Ints& rows, const Ints& index,
                     const std::optional<Ints>& seeds, const std::optional<Ints>& pictures, int64_t threads,
-                    int64_t stream_above) {
-  const bool work = numel > 0 && !rows.empty();
-  check_length("solver_step", "index", index, rows.size());
-  if (seeds) check_length("solver_step", "seeds", *seeds, rows.size());
-  if (pictures) check_length("solver_step", "pictures", *pictures, rows.size());
-  check_address("pool", pool, work && slots > 0 && capacity > 0);
-  check_address("the table", ints, table_rows > 0);
-  check_address("the table", floats, table_rows > 0);
-  std::vector<Branch> branches;
-  for (const auto& [address, stride, dtype] : outs) {
-    check_address("a network output", address, work);
-    branches.push_back({pointer<void>(address), stride, parse_dtype(dtype)});
-  }
-  std::vector<const float*> sidecar;
-  for (const Address address : tensors) {
-    check_address("a tensor", address, work);
-    sidecar.push_back(pointer<float>(address));
-  }
-  const SolverStepArgs args{pointer<float>(pool),
-                            slots,
-                            capacity,
-                            numel,
-                            branches.data(),
-                            static_cast<int64_t>(branches.size()),
-                            pointer<void>(net),
-                            parse_dtype(net_dtype),
-                            sidecar.data(),
-                            static_cast<int64_t>(sidecar.size()),
-                            pointer<int32_t>(ints),
-                            pointer<float>(floats),
-                            table_rows,
-                            rows.data(),
-                            index.data(),
-                            static_cast<int64_t>(rows.size()),
-                            seeds ? seeds->data() : nullptr,
-                            pictures ? pictures->data() : nullptr,
-                            threads,
-                            stream_above};
+                    Address adjust, int64_t stream_above) {
+  Rows shared{"solver_step", pool,       slots, capacity, numel, outs,     tensors, ints,
+              floats,        table_rows, rows,  index,    seeds, pictures, threads};
+  SolverStepArgs args = shared.args();
+  args.net = pointer<void>(net);
+  args.net_dtype = parse_dtype(net_dtype);
+  args.adjust = pointer<float>(adjust);
+  args.stream_above = stream_above;
   const py::gil_scoped_release unlocked;
   solver_step(args);
+}
+
+void py_sample_adjust(Address adjust, Address pool, int64_t slots, int64_t capacity, int64_t numel,
+                      const std::vector<BranchTuple>& outs, const std::vector<Address>& tensors, Address ints,
+                      Address floats, int64_t table_rows, const Ints& rows, const Ints& index,
+                      const std::optional<Ints>& seeds, const std::optional<Ints>& pictures, int64_t threads) {
+  Rows shared{"sample_adjust", pool,       slots, capacity, numel, outs,     tensors, ints,
+              floats,          table_rows, rows,  index,    seeds, pictures, threads};
+  check_address("sample_adjust", "adjust", adjust, !rows.empty());
+  const SolverStepArgs args = shared.args();
+  const py::gil_scoped_release unlocked;
+  sample_adjust(args, pointer<float>(adjust));
 }
 
 void py_philox_normal(Address out, int64_t numel, const Ints& seeds, const Ints& pictures, int64_t draw,
@@ -113,7 +147,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("solver_step", &py_solver_step, py::kw_only(), py::arg("pool"), py::arg("slots"), py::arg("capacity"),
              py::arg("numel"), py::arg("outs"), py::arg("net"), py::arg("net_dtype"), py::arg("tensors"),
              py::arg("ints"), py::arg("floats"), py::arg("table_rows"), py::arg("rows"), py::arg("index"),
-             py::arg("seeds"), py::arg("pictures"), py::arg("threads"), py::arg("stream_above") = -1);
+             py::arg("seeds"), py::arg("pictures"), py::arg("threads"), py::arg("adjust") = 0,
+             py::arg("stream_above") = -1);
+  module.def("sample_adjust", &py_sample_adjust, py::kw_only(), py::arg("adjust"), py::arg("pool"), py::arg("slots"),
+             py::arg("capacity"), py::arg("numel"), py::arg("outs"), py::arg("tensors"), py::arg("ints"),
+             py::arg("floats"), py::arg("table_rows"), py::arg("rows"), py::arg("index"), py::arg("seeds"),
+             py::arg("pictures"), py::arg("threads"));
   module.def("philox_normal", &py_philox_normal, py::arg("out"), py::arg("numel"), py::arg("seeds"),
              py::arg("pictures"), py::arg("draw"), py::arg("threads"));
   const auto copy = [](auto function) {

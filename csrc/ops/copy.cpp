@@ -32,6 +32,7 @@ void copy_memcpy(void* dst, const void* src, int64_t bytes, int64_t threads) {
 
 void copy_stream(void* dst, const void* src, int64_t bytes, int64_t threads) {
   if (reinterpret_cast<uintptr_t>(dst) % 64 != 0) fail("copy_stream: dst is not aligned to 64 bytes");
+  if (reinterpret_cast<uintptr_t>(src) % 4 != 0) fail("copy_stream: src is not aligned to 4 bytes");
   const Kernels& table = kernels();
   copy_chunks(dst, src, bytes, threads, [&](void* to, const void* from, int64_t n) { table.copy_stream(to, from, n); });
 }

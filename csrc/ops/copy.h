@@ -6,6 +6,7 @@
 namespace vivace {
 
 void copy_memcpy(void* dst, const void* src, int64_t bytes, int64_t threads);
-void copy_stream(void* dst, const void* src, int64_t bytes, int64_t threads);  // non-temporal stores
+// Non-temporal stores; dst aligned to 64 bytes, src to 4.
+void copy_stream(void* dst, const void* src, int64_t bytes, int64_t threads);
 
 }  // namespace vivace

@@ -5,6 +5,8 @@
 
 namespace vivace {
 
+struct KeyCounts;
+struct Moments;
 struct StepProgram;
 
 struct Kernels {
@@ -12,6 +14,9 @@ struct Kernels {
   int64_t block;  // elements a vectorised block covers; spans between threads are cut at multiples of it
   // Elements [begin, end) of one sample of the solver step.
   void (*step_span)(const StepProgram& program, int64_t begin, int64_t end);
+  // Reductions of a piece of a sample; see ops/sample_adjust.h.
+  void (*count_keys)(const float* y, int64_t count, uint32_t start, int high, int low, KeyCounts& counts);
+  void (*add_moments)(const float* y, int64_t count, double mean, Moments& moments);
   // Normals [begin, end) of one sample into out[begin..end); begin is a multiple of 4.
   void (*normal_span)(float* out, int64_t begin, int64_t end, uint64_t seed, uint32_t picture, uint32_t draw);
   // Copies bytes with non-temporal stores; the roofline that benches compare with.

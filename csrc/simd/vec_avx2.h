@@ -28,6 +28,10 @@ VV_INLINE U operator+(U a, U b) { return {_mm256_add_epi32(a.x, b.x)}; }
 VV_INLINE U operator-(U a, U b) { return {_mm256_sub_epi32(a.x, b.x)}; }
 VV_INLINE U operator&(U a, U b) { return {_mm256_and_si256(a.x, b.x)}; }
 VV_INLINE U operator^(U a, U b) { return {_mm256_xor_si256(a.x, b.x)}; }
+VV_INLINE U min(U a, U b) { return {_mm256_min_epu32(a.x, b.x)}; }
+VV_INLINE bool any_below(U a, uint32_t limit) {  // limit > 0
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi32(min(a, set1u(limit - 1)).x, a.x)) != 0;
+}
 template <int N>
 VV_INLINE U shift_left(U a) {
   return {_mm256_slli_epi32(a.x, N)};

@@ -28,6 +28,8 @@ VV_INLINE U operator+(U a, U b) { return {_mm512_add_epi32(a.x, b.x)}; }
 VV_INLINE U operator-(U a, U b) { return {_mm512_sub_epi32(a.x, b.x)}; }
 VV_INLINE U operator&(U a, U b) { return {_mm512_and_si512(a.x, b.x)}; }
 VV_INLINE U operator^(U a, U b) { return {_mm512_xor_si512(a.x, b.x)}; }
+VV_INLINE U min(U a, U b) { return {_mm512_min_epu32(a.x, b.x)}; }
+VV_INLINE bool any_below(U a, uint32_t limit) { return _mm512_cmplt_epu32_mask(a.x, set1u(limit).x) != 0; }
 template <int N>
 VV_INLINE U shift_left(U a) {
   return {_mm512_slli_epi32(a.x, N)};

@@ -38,6 +38,8 @@ VV_INLINE U operator+(U a, U b) { return {a.x + b.x}; }
 VV_INLINE U operator-(U a, U b) { return {a.x - b.x}; }
 VV_INLINE U operator&(U a, U b) { return {a.x & b.x}; }
 VV_INLINE U operator^(U a, U b) { return {a.x ^ b.x}; }
+VV_INLINE U min(U a, U b) { return {a.x < b.x ? a.x : b.x}; }
+VV_INLINE bool any_below(U a, uint32_t limit) { return a.x < limit; }
 template <int N>
 VV_INLINE U shift_left(U a) {
   return {a.x << N};

@@ -17,17 +17,26 @@ PLANNED = ("cpu", "cuda_graph", "onnxruntime", "tensorrt", "picard")
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Samples whose rows share a structure: one launch. Sequences are per sample, in the order of `lanes`.
+class KernelRows:
+    """One launch: `rows[i]` of the table for the sample at `positions[i]` of its group; all of them reduce, or none."""
 
-    kernel_rows[k]: (positions, table rows) of the k-th fused step of this plan row.
+    positions: tuple[int, ...]
+    rows: tuple[int, ...]
+    reduces: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Samples whose rows share a structure. Sequences are per sample, in the order of `lanes`.
+
+    kernel_rows: what this plan row launches after the network, in order.
     """
 
     variant: Variant | None
     lanes: tuple[int, ...]
     timesteps: tuple[float, ...]
     conditions: tuple[Any, ...]
-    kernel_rows: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    kernel_rows: tuple[KernelRows, ...]
     seeds: tuple[int, ...]
     pictures: tuple[int, ...]
     row: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,15 @@ from vivace.engine.plan import Action, Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.errors import ShapeError, UnsupportedError
-from vivace.kernels.solver_step import SPEC, solver_step
+from vivace.kernels.sample_adjust import SPEC as ADJUST
+from vivace.kernels.sample_adjust import sample_adjust
+from vivace.kernels.solver_step import SPEC as STEP
+from vivace.kernels.solver_step import solver_step
 from vivace.kernels.spec import choose
 
 
 class EagerExecutor:
-    """Network by torch, one fused step per group."""
+    """Network by torch, then the fused steps of the group."""
 
     name = "eager"
 
@@ -25,7 +30,7 @@ class EagerExecutor:
         self.one_by_one: str | None = None
 
     def check(self, plan: Plan) -> None:
-        """Everything except reuse of blocks, dropped tokens, per-row precision, guards and reducing transforms."""
+        """Everything except reuse of blocks, dropped tokens, per-row precision and guards."""
         full = 1.0 if plan.binding is None else float(plan.binding.tokens)
         for i, step in enumerate(plan.steps):
             why = "a run-time guard" if step.guard is not None else ""
@@ -43,24 +48,21 @@ class EagerExecutor:
         with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
             lanes = torch.tensor(group.lanes)
             seeds, pictures = torch.tensor(group.seeds), torch.tensor(group.pictures)
-            for positions, rows in group.kernel_rows:
-                part = slice(None) if len(positions) == len(group.lanes) else torch.tensor(positions)
-                solver_step(
-                    pool.state,
-                    [out[part] for out in outs],
-                    pool.table,
-                    torch.tensor(rows),
-                    lanes[part],
-                    net=pool.net,
-                    tensors=pool.tensors,
-                    seeds=seeds[part],
-                    pictures=pictures[part],
-                )
+            adjust = pool.state.new_empty(len(lanes), 3)  # of each sample, from its reduction row to the next rows
+            for launch in group.kernel_rows:
+                part = slice(None) if len(launch.positions) == len(lanes) else torch.tensor(launch.positions)
+                call = (pool.state, [out[part] for out in outs], pool.table, torch.tensor(launch.rows), lanes[part])
+                inputs: Any = {"tensors": pool.tensors, "seeds": seeds[part], "pictures": pictures[part]}
+                if launch.reduces:
+                    adjust[part] = sample_adjust(*call, **inputs)
+                else:
+                    solver_step(*call, **inputs, net=pool.net, adjust=adjust[part])
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
-        choice = choose(SPEC, pool.device.type, str(pool.dtype).removeprefix("torch."))
-        fused = KernelUse("solver_step", choice.backend, choice.reason)
-        return fused, KernelUse("network", "torch", "eager executor")
+        where = pool.device.type, str(pool.dtype).removeprefix("torch.")
+        choices = [(spec.name, choose(spec, *where)) for spec in (STEP, ADJUST)]
+        fused = (KernelUse(name, choice.backend, choice.reason) for name, choice in choices)
+        return *fused, KernelUse("network", "torch", "eager executor")
 
     @torch.inference_mode()
     def _network(self, group: Group, pool: Pool, variant: Variant) -> tuple[Tensor, ...]:

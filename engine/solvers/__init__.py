@@ -10,19 +10,42 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vivace.engine.plan import Step
-from vivace.engine.solvers.ddim import ddim
-from vivace.engine.solvers.dpmpp import dpmpp_2m
+from vivace.engine.solvers.adams import deis, lagrange, lms
+from vivace.engine.solvers.ddim import ddim, ddpm, euler_ancestral
+from vivace.engine.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from vivace.engine.solvers.flow_euler import flow_euler
+from vivace.engine.solvers.heun import euler, flow_heun, heun
+from vivace.engine.solvers.lcm import lcm
+from vivace.engine.solvers.pndm import ipndm, pndm
+from vivace.engine.solvers.singlestep import dpm_solver, dpmpp_2s
 from vivace.engine.solvers.unipc import unipc
 from vivace.engine.timesteps import Grid, choose
 
 __all__ = ["SOLVERS", "solver_options", "solver_rows"]
 
 SOLVERS: Mapping[str, Callable[..., tuple[Step, ...]]] = {
-    "ddim": ddim,
-    "dpmpp_2m": dpmpp_2m,
-    "flow_euler": flow_euler,
-    "unipc": unipc,
+    solver.__name__: solver
+    for solver in (
+        ddim,
+        ddpm,
+        deis,
+        dpm_solver,
+        dpmpp_2m,
+        dpmpp_2m_sde,
+        dpmpp_2s,
+        dpmpp_3m,
+        euler,
+        euler_ancestral,
+        flow_euler,
+        flow_heun,
+        heun,
+        ipndm,
+        lagrange,
+        lcm,
+        lms,
+        pndm,
+        unipc,
+    )
 }
 
 

@@ -1,8 +1,13 @@
-"""DPM-Solver++ 2M: the x0 prediction extrapolated linearly in lam = log(alpha/sigma) through the last two rows.
+"""DPM-Solver and DPM-Solver++, multistep and SDE: the prediction extrapolated in lam through the last rows.
 
-x' = (sigma'/sigma) x + B m0 + C (m0 - m1) / r,   B = alpha' (1 - e^-h),   r = h_prev / h
-midpoint: C = B / 2;   heun: C = alpha' ((e^-h - 1)/h + 1), exact for an x0 linear in lam.
-Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
+  x' = a x - S (expm1(H) m0 + c1 D1 + c2 D2) + c z
+  x0 form (++): H = -(1 + eta) h, S = alpha', a = (sigma'/sigma) e^(-eta h), c = sigma' sqrt(1 - e^(-2 eta h))
+  eps form:     H = h, S = (1 + eta) sigma', a = alpha'/alpha, c = sigma' sqrt(eta (e^(2 h) - 1))
+eta: strength of the SDE, 0 the ODE. D1 = (m0 - m1)/r in the second order, r = h_prev/h; c1 = expm1(H)/2 ("midpoint")
+or psi_1(H) ("heun", exact for a prediction linear in lam). In the third order D1, D2 are the differences of three
+values, c1 = psi_1(H), c2 = 2 psi_2(H): exact for a quadratic prediction; "published" has c2 = psi_2(H), as in the
+authors' code, and is of second order.
+Source: Lu et al. 2022 (DPM-Solver), eq. 3.7 to 3.10; Lu et al. 2022 (DPM-Solver++), algorithm 2, appendix B (SDE).
 """
 
 from __future__ import annotations
@@ -11,18 +16,22 @@ import math
 from collections.abc import Sequence
 
 from vivace.engine.plan import Step, Transform
+from vivace.engine.solvers.quadrature import psi
 from vivace.engine.solvers.rows import (
     Update,
     assemble,
     falling_orders,
     first_order,
+    first_update,
     require_flag,
+    require_number,
     require_order,
     usable_order,
 )
 from vivace.engine.timesteps import Grid, choose
 
 VARIANTS = ("midpoint", "heun")
+THIRD = ("third_order", "published")
 
 
 def dpmpp_2m(
@@ -34,18 +43,105 @@ def dpmpp_2m(
     return dpmpp_rows(grid, prediction, orders, choose("dpmpp_2m: variant", variant, VARIANTS))
 
 
-def dpmpp_rows(
-    grid: Grid, prediction: str, orders: Sequence[int], variant: str, transform: Transform | None = None
+def dpmpp_3m(
+    grid: Grid, prediction: str, *, variant: str = "third_order", lower_order_final: bool = True
 ) -> tuple[Step, ...]:
-    """Rows with the order asked of each; lowered where history is missing and to 1 at sigma = 0."""
+    """Rows of DPM-Solver++ 3M.
+
+    Args:
+        variant: "third_order", exact for an x0 quadratic in lam; "published", the widely copied rule, which has half
+            of the second difference and is of second order (its second row is the midpoint rule).
+        lower_order_final: order <= rows left, at any number of steps.
+    """
+    choose("dpmpp_3m: variant", variant, THIRD)
+    orders = falling_orders(grid.steps, 3, require_flag("dpmpp_3m", "lower_order_final", lower_order_final))
+    return dpmpp_rows(grid, prediction, orders, "heun" if variant == "third_order" else "midpoint", third=variant)
+
+
+def dpmpp_2m_sde(
+    grid: Grid,
+    prediction: str,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    variant: str = "midpoint",
+    lower_order_final: bool = True,
+) -> tuple[Step, ...]:
+    """Rows of SDE-DPM-Solver++ 2M.
+
+    Args:
+        eta: strength of the SDE, 0 the ODE of `dpmpp_2m`; s_noise: factor on the fresh noise.
+        variant: "midpoint" or "heun"; lower_order_final: order <= rows left, at any number of steps.
+    """
+    eta = require_number("dpmpp_2m_sde", "eta", eta)
+    scale = require_number("dpmpp_2m_sde", "s_noise", s_noise)
+    choose("dpmpp_2m_sde: variant", variant, VARIANTS)
+    orders = falling_orders(grid.steps, 2, require_flag("dpmpp_2m_sde", "lower_order_final", lower_order_final))
+    return dpmpp_rows(grid, prediction, orders, variant, eta=eta, s_noise=scale)
+
+
+def dpmpp_rows(
+    grid: Grid,
+    prediction: str,
+    orders: Sequence[int],
+    variant: str,
+    transform: Transform | None = None,
+    *,
+    form: str = "x0",
+    third: str = "published",
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+) -> tuple[Step, ...]:
+    """Rows with the order (1..3) asked of each; lowered where history is missing and to 1 at sigma = 0.
+
+    Args:
+        variant: of second-order rows; third: of third-order rows. form: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
+        eta, s_noise: strength of the SDE and factor on its noise.
+    """
     updates = []
     for row in range(grid.steps):
-        keep, weight = first_order(grid.level(row), grid.level(row + 1))
-        if usable_order(grid, row, orders[row]) == 1:
-            updates.append(Update(keep, (weight,)))
-            continue
-        h = grid.lam(row + 1) - grid.lam(row)
-        slope = weight / 2.0 if variant == "midpoint" else grid.alphas[row + 1] * (math.expm1(-h) / h + 1.0)
-        slope *= h / (grid.lam(row) - grid.lam(row - 1))
-        updates.append(Update(keep, (weight + slope, -slope)))
-    return assemble(grid, prediction, updates, transform)
+        order = usable_order(grid, row, orders[row])
+        first = _first(form, grid, row, eta)
+        if order == 1:
+            keep, weights = first.keep, first.weights
+        else:
+            keep, weights = first.keep, _extrapolated(grid, row, order, first.weights[0], (form, variant, third, eta))
+        updates.append(Update(keep, weights, x0=first.x0, noise=s_noise * first.noise))
+    return assemble(grid, prediction, updates, transform, form=form)
+
+
+def _first(form: str, grid: Grid, row: int, eta: float) -> Update:
+    """The first-order row with its noise, finite at both ends."""
+    start, end = grid.level(row), grid.level(row + 1)
+    if eta == 0.0 or start == end:
+        return first_update(form, start, end)
+    fall = end[1] * start[0] / (end[0] * start[1])  # e^-h
+    if form == "x0" or fall == 0.0:
+        keep = first_order(start, end)[0] * fall**eta
+        weight, noise = -end[0] * (fall ** (1.0 + eta) - 1.0), end[1] * math.sqrt(1.0 - fall ** (2.0 * eta))
+        return Update(keep, (weight,), noise=noise) if form == "x0" else Update(keep, (0.0,), x0=weight, noise=noise)
+    drift = -(1.0 + eta) * (end[0] * start[1] / start[0] - end[1])
+    variance = (end[0] * start[1] / start[0]) ** 2 - end[1] ** 2
+    return Update(end[0] / start[0], (drift,), noise=math.sqrt(eta * variance))
+
+
+def _extrapolated(
+    grid: Grid, row: int, order: int, weight: float, rule: tuple[str, str, str, float]
+) -> tuple[float, ...]:
+    """Weights of order 2 or 3; `weight`: of the first order, -S expm1(H)."""
+    form, variant, third, eta = rule
+    lams = [grid.lam(row + 1 - age) for age in range(order + 1)]
+    h = lams[0] - lams[1]
+    unit = -grid.alphas[row + 1] if form == "x0" else -(1.0 + eta) * grid.sigmas[row + 1]
+    exponent = -(1.0 + eta) * h if form == "x0" else h
+    near = (lams[1] - lams[2]) / h
+    if order == 2:
+        slope = (weight / 2.0 if variant == "midpoint" else unit * psi(1, exponent)) / near
+        return weight + slope, -slope
+    far = (lams[2] - lams[3]) / h
+    bend = unit * psi(2, exponent) * (2.0 if third == "third_order" else 1.0) / (near + far)
+    lean = unit * psi(1, exponent)
+    # D1 = (1 + q) (m0 - m1)/near - q (m1 - m2)/far with q = near/(near + far); D2 = their difference/(near + far).
+    q = near / (near + far)
+    newer, older = (lean * (1.0 + q) + bend) / near, (-lean * q - bend) / far
+    return weight + newer, older - newer, -older

@@ -1,4 +1,4 @@
-"""UniPC: predictor UniP-p and corrector UniC-p in x0 form, merged into one affine row.
+"""UniPC: predictor UniP-p and corrector UniC-p, merged into one affine row.
 
 The corrector redoes the previous step with the value just evaluated; its change of x is linear in the history, so
   x'' = (sigma''/sigma') (x' + delta) + predictor terms,   delta = sum_k d_k m_k
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 from vivace.engine.plan import Step, Transform
+from vivace.engine.solvers.quadrature import psi
 from vivace.engine.solvers.rows import (
     Update,
     assemble,
     falling_orders,
-    first_order,
+    first_update,
     require_flag,
     require_order,
     usable_order,
@@ -36,6 +38,7 @@ def unipc(
     variant: str = "bh2",
     corrector: bool = True,
     disable_corrector: Sequence[int] = (),
+    form: str = "x0",
     lower_order_final: bool = True,
 ) -> tuple[Step, ...]:
     """Rows of UniPC.
@@ -45,16 +48,18 @@ def unipc(
         variant: B(H) = H ("bh1") or e^H - 1 ("bh2").
         corrector: False: predictor alone (UniP).
         disable_corrector: rows whose step is not corrected; often (0,) under strong guidance.
+        form: what is extrapolated, "x0" or "eps".
         lower_order_final: order <= rows left, at any number of steps.
     """
     require_order("unipc", order, 3)
+    choose("unipc: form", form, ("x0", "eps"))
     choose("unipc: variant", variant, VARIANTS)
     require_flag("unipc", "corrector", corrector)
     orders = falling_orders(grid.steps, order, require_flag("unipc", "lower_order_final", lower_order_final))
     if any(isinstance(row, bool) or not isinstance(row, int) for row in disable_corrector):
         raise ArgumentError(f"unipc: disable_corrector must be row numbers, got {tuple(disable_corrector)!r}")
     corrected = [corrector and row not in disable_corrector for row in range(grid.steps)]
-    return unipc_rows(grid, prediction, orders, variant, corrected)
+    return unipc_rows(grid, prediction, orders, variant, corrected, form=form)
 
 
 def unipc_rows(
@@ -64,47 +69,46 @@ def unipc_rows(
     variant: str,
     corrected: Sequence[bool],
     transform: Transform | None = None,
+    *,
+    form: str = "x0",
 ) -> tuple[Step, ...]:
-    """Rows with the order asked of each and whether its step is corrected by the row after it."""
+    """Rows with the order asked of each and whether its step is corrected by the row after it.
+
+    form "eps": H = +h, sigma'/sigma becomes alpha'/alpha and alpha' becomes sigma'; a step from alpha = 0 is then not
+    corrected.
+    """
     updates: list[Update] = []
     delta: tuple[float, ...] = ()
     for row in range(grid.steps):
         order = usable_order(grid, row, orders[row])
-        keep, weights, correction = _step(grid, row, order, variant)
-        merged = tuple(w + keep * d for w, d in zip_longest(weights, delta, fillvalue=0.0))
-        updates.append(Update(keep, merged))
+        first, weights, correction = _step(grid, row, order, variant, form)
+        merged = tuple(w + first.keep * d for w, d in zip_longest(weights, delta, fillvalue=0.0))
+        updates.append(replace(first, weights=merged))
         delta = correction if corrected[row] else ()
-    return assemble(grid, prediction, updates, transform)
+    return assemble(grid, prediction, updates, transform, form=form)
 
 
-def _step(grid: Grid, row: int, order: int, variant: str) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
-    """Predictor (a, weights of m_i, m_{i-1}, ...) and correction (weights of m_{i+1}, m_i, ...) of one step."""
-    keep, weight = first_order(grid.level(row), grid.level(row + 1))
-    alpha_end = grid.alphas[row + 1]
+def _step(
+    grid: Grid, row: int, order: int, variant: str, form: str
+) -> tuple[Update, tuple[float, ...], tuple[float, ...]]:
+    """First-order step, predictor (weights of m_i, m_{i-1}, ...), correction (weights of m_{i+1}, m_i, ...)."""
+    first = first_update(form, grid.level(row), grid.level(row + 1))
+    weight, outer = first.weights[0], grid.alphas[row + 1] if form == "x0" else grid.sigmas[row + 1]
     if grid.alphas[row] == 0.0 or row == grid.steps - 1 and order == 1:
         # From pure noise h is infinite: e^H - 1 = -1, and the trapezoid weight 1/2 of UniC-1 stays.
-        return keep, (weight,), (0.5 * alpha_end, -0.5 * alpha_end)
+        return first, (weight,), (0.5 * outer, -0.5 * outer) if form == "x0" else ()
     h = grid.lam(row + 1) - grid.lam(row)
-    scale = -h if variant == "bh1" else math.expm1(-h)
+    exponent = -h if form == "x0" else h
+    scale = exponent if variant == "bh1" else math.expm1(exponent)
     nodes = [(grid.lam(row - k) - grid.lam(row)) / h for k in range(1, order)]
-    moments = [math.factorial(k) * _psi(k, -h) / scale for k in range(1, order + 1)]
+    moments = [math.factorial(k) * psi(k, exponent) / scale for k in range(1, order + 1)]
     ahead = [0.5] if order == 2 else _moment_weights(nodes, moments[:-1])
     both = [0.5] if order == 1 else _moment_weights([*nodes, 1.0], moments)
-    unit = -alpha_end * scale
+    unit = -outer * scale
     slopes = [unit * rho / node for rho, node in zip(ahead, nodes, strict=True)]
     changes = [unit * (rho - old) / node for rho, old, node in zip(both, ahead, nodes, strict=False)]
     newest = unit * both[-1]
-    return keep, (weight - sum(slopes), *slopes), (newest, -newest - sum(changes), *changes)
-
-
-def _psi(k: int, x: float) -> float:
-    """psi_k(x) = sum_{j >= 1} x^j / (j + k)!: psi_1 = (e^x - 1)/x - 1, psi_{k+1} = psi_k / x - 1/(k+1)!."""
-    if abs(x) < 1.0:
-        return math.fsum(x**j / math.factorial(j + k) for j in range(1, 22))
-    value = math.expm1(x) / x - 1.0
-    for j in range(1, k):
-        value = value / x - 1.0 / math.factorial(j + 1)
-    return value
+    return first, (weight - sum(slopes), *slopes), (newest, -newest - sum(changes), *changes)
 
 
 def _moment_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:

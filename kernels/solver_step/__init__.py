@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vivace.kernels.solver_step.table import Output, StepTable, build_row, build_table
+from vivace.kernels.solver_step.table import Output, Reduction, StepTable, build_row, build_table
 from vivace.kernels.spec import Case, OpSpec, choose, load, register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Output", "StepTable", "build_row", "build_table", "solver_step"]
+__all__ = ["Output", "Reduction", "StepTable", "build_row", "build_table", "solver_step"]
 
 
 def solver_step(
@@ -25,6 +25,7 @@ def solver_step(
     tensors: Sequence[Tensor] = (),
     seeds: Any = None,
     pictures: Any = None,
+    adjust: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), per sample.
@@ -32,7 +33,7 @@ def solver_step(
     Sample b runs row r = rows[b] of the table on lane index[b] of the pool; samples may run different rows. Per
     element, every source is read before any y is written, so a destination may be a source. A source whose coefficients
     in the row are all 0 is not read, a term with coefficient 0 adds nothing (NaN there stays there), NaN passes the
-    clamp.
+    clamp. An adjusted output takes (low, high, gain) of its sample instead: y_k = clamp(.., low, high) * gain.
     Each product (source by scale, then by coefficient) and each sum is rounded on its own, in the dtype of the pool, j
     ascending, then l ascending: every backend gives the same bits in float32, noise aside.
 
@@ -50,6 +51,8 @@ def solver_step(
         tensors: side-car tensors, each [*L], contiguous, dtype of the pool.
         seeds, pictures: 64-bit request seed (as int64 bits) and picture number per sample, int64 [B]. Needed when a row
             reads noise; element i of draw k is `philox_normal(..., seeds, pictures, k)`.
+        adjust: (low, high, gain) per sample [B, 3], contiguous, dtype of the pool: what `sample_adjust` returned.
+            Needed when a row has adjusted outputs.
         backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
     Returns: nothing; `pool` and `net` are written at the lanes of the samples.
     Raises: ShapeError, DtypeError, ArgumentError (rows, lanes, missing inputs), BackendError.
@@ -57,7 +60,7 @@ def solver_step(
     """
     from vivace.kernels.solver_step.check import prepare
 
-    call = prepare(pool, outs, table, rows, index, net, tensors, seeds, pictures)
+    call = prepare("solver_step", pool, outs, table, rows, index, net, tensors, seeds, pictures, adjust)
     choice = choose(SPEC, pool.device.type, str(pool.dtype)[6:], backend)
     if not len(call.rows) or not pool.numel():
         return
@@ -71,6 +74,7 @@ def solver_step(
         tensors=tensors,
         seeds=call.seeds,
         pictures=call.pictures,
+        adjust=adjust,
     )
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from vivace.kernels.philox_normal import NORMAL_TOLERANCE
-from vivace.kernels.solver_step.table import NET, NOISE, NONE, ONE, OUT, SOURCES, TENSOR, Output, build_table
+from vivace.kernels.solver_step.table import NET, NOISE, NONE, ONE, OUT, SOURCES, TENSOR, Output, Row, build_table
 from vivace.kernels.spec import Call, Case
 
-Row = Sequence[Output]
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Golden row of the solver notes: VP, lam = (-2, -1, 0.2) -> 1.5, x0 form, UniPC-3 bh2 with the corrector merged in.
@@ -23,7 +22,7 @@ ALPHA, SIGMA = math.sqrt(1.0 / (1.0 + math.exp(-2.0 * LAM))), math.sqrt(1.0 / (1
 UNIPC3 = (0.34376876, 1.72571233, -1.65397096, 0.63826689)  # of x, m0 (newest), m1, m2
 
 
-def guided_row(scale: float = 4.0) -> Row:
+def guided_row(scale: float = 4.0) -> Sequence[Output]:
     """Guidance, eps -> x0, UniPC-3 and the network's next input: slots 0 = x, 1 = m0 (written), 2 = m1, 3 = m2."""
     a, b0, b1, b2 = UNIPC3
     x, cond, uncond = (0, NONE), (OUT, NONE), (OUT + 1, NONE)
@@ -32,12 +31,12 @@ def guided_row(scale: float = 4.0) -> Row:
     return (Output(1, m0), Output(0, step, prev=(b0,)), Output(NET, [], prev=(0.0, 0.9)))
 
 
-def euler_row(step: float = -0.25) -> Row:
+def euler_row(step: float = -0.25) -> Sequence[Output]:
     """x <- x + step * out, the smallest row in use."""
     return (Output(0, [(0, NONE, 1.0), (OUT, NONE, step)]),)
 
 
-def wide_row() -> Row:
+def wide_row() -> Sequence[Output]:
     """12 sources by 4 outputs, no coefficient 0."""
     sources = [*range(8), OUT, OUT + 1, TENSOR, ONE]
     number = [[math.sin(1.0 + 5.0 * k + j) for j in range(SOURCES)] for k in range(4)]
@@ -45,26 +44,33 @@ def wide_row() -> Row:
     return tuple(Output(k, terms[k], prev=(0.5, -0.25, 0.125)[:k]) for k in range(4))
 
 
-def scaled_row() -> Row:
+def scaled_row() -> Sequence[Output]:
     """Coefficients per element from the side-car, and a request mask in slot 3: x <- mask * x + (1 - mask) * slot 2."""
     blend = [(0, 3, 0.7), (2, NONE, 0.3), (2, 3, -0.3), (OUT, TENSOR, -0.5), (TENSOR + 1, NONE, 1.5)]
     return (Output(0, blend), Output(1, [(OUT, TENSOR, 1.0), (TENSOR + 1, 3, 2.0)]))
 
 
-def bias_row() -> Row:
+def bias_row() -> Sequence[Output]:
     """A constant, a bias per element, and an output without terms (it is 0)."""
     return (Output(0, [(0, NONE, 0.5), (ONE, NONE, 0.125), (ONE, TENSOR, -2.0)]), Output(1, []))
 
 
-def noise_row() -> Row:
+def noise_row() -> Sequence[Output]:
     """Two draws in one row, one of them scaled by a mask; their coefficients add up to less than 1."""
     return (Output(0, [(0, NONE, 0.8), (OUT, NONE, -0.2), (NOISE, NONE, 0.6), (NOISE + 5, 3, 0.07)]),)
 
 
-def unread_row() -> Row:
+def unread_row() -> Sequence[Output]:
     """Slot 2 has coefficient 0 everywhere; slot 3 has it in output 0 only, so NaN there reaches output 1 only."""
     terms = [[(0, NONE, 0.5), (2, NONE, 0.0), (3, NONE, c)] for c in (0.0, 1.0)]
     return (Output(0, terms[0]), Output(1, terms[1], low=-1.0, high=1.0))
+
+
+def adjusted_row() -> Sequence[Output]:
+    """Limits and a factor of the sample on x0; x and the network's input read the result."""
+    x0 = [(0, NONE, 1.0 / ALPHA), (OUT, NONE, -SIGMA / ALPHA)]
+    step = Output(0, [(0, NONE, 0.4)], prev=(0.6,))
+    return (Output(1, x0, adjusted=True), step, Output(NET, [], prev=(0.0, 0.9), low=-0.5, high=0.75))
 
 
 CLAMP = (Output(0, [(0, NONE, 1.0), (OUT, NONE, 2.0)], low=-0.5, high=0.75), Output(NET, [], prev=(1.0,)))
@@ -116,9 +122,12 @@ def make(
     outs = [normal(len(rows), *shape).to(device, getattr(torch, dtype)) for _ in range(branches)]
     net = torch.zeros(lanes, *shape, device=device, dtype=getattr(torch, dtype))
     built = build_table(table, dtype if dtype == "float64" else "float32").to(device)
+    adjust = torch.tensor([[-1.5, 1.5, 1 / 1.5], [-math.inf, math.inf, 0.8], [-0.5, 0.5, 2.0]])
     arguments: dict[str, Any] = {"net": net, "tensors": [normal(*shape).to(device, state) for _ in range(tensors)]}
     if built.facts.noise:
         arguments |= {"seeds": [(1 << 64) - 3 - b * (1 << 40) for b in range(len(rows))], "pictures": [5] * len(rows)}
+    if built.facts.adjusted:
+        arguments["adjust"] = adjust[torch.arange(len(rows)) % len(adjust)].to(device, state)
     outs = outs if layout is None else [layout(out) for out in outs]
     places = (torch.tensor(values, dtype=torch.int64) for values in (rows, index))
     return Call((pool, outs, built, *places), arguments, writes=(pool, net))
@@ -140,6 +149,7 @@ def cases() -> tuple[Case, ...]:
         case("bias", table=(bias_row(),), tensors=1),
         case("noise", noise, table=(noise_row(),)),
         case("mixed rows", noise, table=mixed, rows=(3, 0, 4, 2, 1), index=(1, 4, 2, 0, 5), branches=2),
+        case("adjusted", table=(adjusted_row(), guided), rows=(0, 1, 0, 0), index=(1, 4, 2, 0), branches=2),
         case("in place", table=(SWAP,)),
         case("size 1", table=(euler_row(),), shape=(1,)),
         case("size 123", table=(guided,), shape=(123,), branches=2),

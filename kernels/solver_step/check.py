@@ -1,6 +1,7 @@
-"""Arguments of `solver_step`, checked and brought into the one form that every implementation takes.
+"""Arguments of the ops that run rows of a table, checked and brought into the one form that implementations take.
 
-Nothing here reads device memory: rows, lanes and codes are checked where they are on the host, or known from `Facts`.
+`op` names the op in messages. Nothing here reads device memory: rows, lanes and codes are checked where they are on the
+host, or known from `Facts`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Prepared:
 
 
 def prepare(
+    op: str,
     pool: Tensor,
     outs: Sequence[Tensor],
     table: StepTable,
@@ -44,50 +46,63 @@ def prepare(
     tensors: Sequence[Tensor],
     seeds: Any,
     pictures: Any,
+    adjust: Tensor | None = None,
+    *,
+    reduces: bool = False,
 ) -> Prepared:
-    """The arguments in the form of `Prepared`. Raises ShapeError, DtypeError, ArgumentError."""
-    _check_pool(pool)
+    """The arguments in the form of `Prepared`; `reduces`: only reduction rows may run, else only the other ones.
+
+    Raises: ShapeError, DtypeError, ArgumentError.
+    """
+    _check_pool(op, pool)
     latent, slots, lanes = pool.shape[2:], pool.shape[0], pool.shape[1]
-    rows, index = integers(rows, "solver_step: rows"), integers(index, "solver_step: index")
+    rows, index = integers(rows, f"{op}: rows"), integers(index, f"{op}: index")
     batch = rows.shape[0]
     if index.shape[0] != batch:
-        raise ShapeError(f"solver_step: index has {index.shape[0]} entries, rows {batch}; give one of each per sample")
-    table = _table(table, pool)
-    _check_range(rows, len(table), "rows", "rows of the table")
-    _check_range(index, lanes, "index", "lanes of the pool")
+        raise ShapeError(f"{op}: index has {index.shape[0]} entries, rows {batch}; give one of each per sample")
+    table = _table(op, table, pool)
+    _check_range(rows, len(table), f"{op}: rows", "rows of the table")
+    _check_range(index, lanes, f"{op}: index", "lanes of the pool")
     if index.device.type == "cpu" and len(set(index.tolist())) < batch:
-        raise ArgumentError(f"solver_step: index {index.tolist()} names a lane twice; each sample needs its own lane")
-    outs = tuple(_out(out, f"outs[{b}]", (batch, *latent), pool) for b, out in enumerate(outs))
+        raise ArgumentError(f"{op}: index {index.tolist()} names a lane twice; each sample needs its own lane")
+    outs = tuple(_out(out, f"{op}: outs[{b}]", (batch, *latent), pool) for b, out in enumerate(outs))
     for i, tensor in enumerate(tensors):
-        _check_tensor(tensor, f"tensors[{i}]", tuple(latent), pool)
+        _check_tensor(tensor, f"{op}: tensors[{i}]", tuple(latent), pool)
     if net is not None:
-        _check_net(net, (lanes, *latent), pool)
-    seeds, pictures = (_per_sample(v, what, batch) for v, what in ((seeds, "seeds"), (pictures, "pictures")))
+        _check_net(net, f"{op}: net", (lanes, *latent), pool)
+    if adjust is not None:
+        _check_tensor(adjust, f"{op}: adjust", (batch, 3), pool)
+    seeds, pictures = (_per_sample(v, f"{op}: {what}", batch) for v, what in ((seeds, "seeds"), (pictures, "pictures")))
     if rows.device.type == "cpu" and batch:
-        needed = table.facts.reach[rows.numpy()].max(axis=0).tolist()
+        reach = table.facts.reach[rows.numpy()]
+        if ((reach[:, -1] != 0) != reduces).any():
+            raise ArgumentError(
+                f"{op}: rows {rows.tolist()}: sample_adjust runs reduction rows, solver_step the others"
+            )
         noise = seeds is not None and pictures is not None
-        _check_reach(needed, (slots, len(outs), len(tensors), net is not None, noise))
+        given = (slots, len(outs), len(tensors), net is not None, noise, adjust is not None)
+        _check_reach(op, reach.max(axis=0).tolist(), given)
     return Prepared(outs, table, rows, index, seeds, pictures)
 
 
-def _check_pool(pool: Tensor) -> None:
+def _check_pool(op: str, pool: Tensor) -> None:
     if pool.dtype not in _OUTS:
-        raise DtypeError(f"solver_step: pool is {_name(pool)}, needs float32 (or float64); convert the state")
+        raise DtypeError(f"{op}: pool is {_name(pool)}, needs float32 (or float64); convert the state")
     if pool.dim() < 3:
-        raise ShapeError(f"solver_step: pool has shape {tuple(pool.shape)}, needs [slots, capacity, *latent]")
+        raise ShapeError(f"{op}: pool has shape {tuple(pool.shape)}, needs [slots, capacity, *latent]")
     if not pool.is_contiguous():
-        raise ShapeError("solver_step: pool is not contiguous; slots are addressed by stride, allocate it in one piece")
+        raise ShapeError(f"{op}: pool is not contiguous; slots are addressed by stride, allocate it in one piece")
 
 
-def _table(table: StepTable, pool: Tensor) -> StepTable:
+def _table(op: str, table: StepTable, pool: Tensor) -> StepTable:
     """The table as torch tensors on the pool's device, with its dtype."""
     if not table.is_torch:
         return table.to(pool.device, pool.dtype)
     if table.floats.dtype != pool.dtype:
-        raise DtypeError(f"solver_step: table is {table.dtype}, pool {_name(pool)}; use table.to(device, dtype)")
+        raise DtypeError(f"{op}: table is {table.dtype}, pool {_name(pool)}; use table.to(device, dtype)")
     if table.ints.device != pool.device:
         where = f"table is on {table.ints.device}, pool on {pool.device}"
-        raise ArgumentError(f"solver_step: {where}; use table.to(device)")
+        raise ArgumentError(f"{op}: {where}; use table.to(device)")
     return table
 
 
@@ -97,9 +112,7 @@ def _check_range(values: Tensor, stop: int, what: str, of: str) -> None:
         numbers = values.tolist()
         low, high = min(numbers), max(numbers)
         if low < 0 or high >= stop:
-            raise ArgumentError(
-                f"solver_step: {what} reach from {low} to {high}, there are {stop} {of}; use 0..{stop - 1}"
-            )
+            raise ArgumentError(f"{what} reach from {low} to {high}, there are {stop} {of}; use 0..{stop - 1}")
 
 
 def _out(out: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:
@@ -107,55 +120,55 @@ def _out(out: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> Tensor
     _check_shape(out, what, shape, pool)
     if out.dtype not in _OUTS[pool.dtype]:
         needs = ", ".join(str(dtype)[6:] for dtype in _OUTS[pool.dtype])
-        raise DtypeError(f"solver_step: {what} is {_name(out)}, needs one of {needs} beside a {_name(pool)} pool")
+        raise DtypeError(f"{what} is {_name(out)}, needs one of {needs} beside a {_name(pool)} pool")
     return out if out.is_contiguous() or not out.numel() or out[0].is_contiguous() else out.contiguous()
 
 
 def _check_tensor(tensor: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> None:
     _check_shape(tensor, what, shape, pool)
     if tensor.dtype != pool.dtype:
-        raise DtypeError(f"solver_step: {what} is {_name(tensor)}, pool {_name(pool)}; convert the tensor")
+        raise DtypeError(f"{what} is {_name(tensor)}, pool {_name(pool)}; convert the tensor")
     if not tensor.is_contiguous():
-        raise ShapeError(f"solver_step: {what} is not contiguous; call .contiguous() once, when it is loaded")
+        raise ShapeError(f"{what} is not contiguous; call .contiguous() once, when it is loaded")
 
 
-def _check_net(net: Tensor, shape: tuple[int, ...], pool: Tensor) -> None:
-    _check_shape(net, "net", shape, pool)
+def _check_net(net: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> None:
+    _check_shape(net, what, shape, pool)
     if net.dtype not in _OUTS[pool.dtype]:
-        raise DtypeError(f"solver_step: net is {_name(net)}, needs float32, bfloat16 or float16; allocate it so")
+        raise DtypeError(f"{what} is {_name(net)}, needs float32, bfloat16 or float16; allocate it so")
     if not net.is_contiguous():
-        raise ShapeError("solver_step: net is not contiguous; allocate the network input in one piece")
+        raise ShapeError(f"{what} is not contiguous; allocate the network input in one piece")
 
 
 def _check_shape(tensor: Tensor, what: str, shape: tuple[int, ...], pool: Tensor) -> None:
     if tuple(tensor.shape) != shape:
-        raise ShapeError(
-            f"solver_step: {what} has shape {tuple(tensor.shape)}, needs {shape} beside pool {tuple(pool.shape)}"
-        )
+        raise ShapeError(f"{what} has shape {tuple(tensor.shape)}, needs {shape} beside pool {tuple(pool.shape)}")
     if tensor.device != pool.device:
         where = f"{what} is on {tensor.device}, pool on {pool.device}"
-        raise ArgumentError(f"solver_step: {where}; move it with .to(device)")
+        raise ArgumentError(f"{where}; move it with .to(device)")
 
 
 def _per_sample(values: Any, what: str, batch: int) -> Tensor | None:
     """Seeds or pictures as int64 [B]; None stays None."""
     if values is None:
         return None
-    tensor = integers(values, f"solver_step: {what}").long()
+    tensor = integers(values, what).long()
     if tensor.shape[0] != batch:
-        raise ShapeError(f"solver_step: {what} has {tensor.shape[0]} entries, rows {batch}; give one per sample")
+        raise ShapeError(f"{what} has {tensor.shape[0]} entries, rows {batch}; give one per sample")
     return tensor
 
 
-def _check_reach(needed: Sequence[int], given: Sequence[int]) -> None:
-    """What the codes of the rows reach is there: slots, outs, tensors, net, noise."""
+def _check_reach(op: str, needed: Sequence[int], given: Sequence[int]) -> None:
+    """What the codes of the rows reach is there: slots, outs, tensors, net, noise, adjust."""
     for need, have, what in zip(needed[:3], given[:3], ("pool slots", "outs", "tensors"), strict=True):
         if need > have:
-            raise ArgumentError(f"solver_step: the rows' codes reach {need} {what}, got {have}; give {need}")
+            raise ArgumentError(f"{op}: the rows' codes reach {need} {what}, got {have}; give {need}")
     if needed[3] > given[3]:
-        raise ArgumentError("solver_step: a row writes the network input, net is None; give net")
+        raise ArgumentError(f"{op}: a row writes the network input, net is None; give net")
     if needed[4] > given[4]:
-        raise ArgumentError("solver_step: a row reads noise; give seeds and pictures, one per sample")
+        raise ArgumentError(f"{op}: a row reads noise; give seeds and pictures, one per sample")
+    if needed[5] > given[5]:
+        raise ArgumentError(f"{op}: a row has adjusted outputs, adjust is None; give what sample_adjust returned")
 
 
 def _name(tensor: Tensor) -> str:

@@ -17,24 +17,31 @@ def bytes_moved(
 ) -> int:
     """Bytes read and written once per element: distinct tensors a sample reads, plus its destinations."""
     total = 0
-    for ints, floats in _rows(table, rows):
-        n, m = int(ints[0]), int(ints[1])
-        used = (floats[: t.PREV_AT].reshape(t.OUTPUTS, t.SOURCES)[:m, :n] != 0).any(axis=0)
-        codes = set(ints[t.SOURCE_AT :][:n][used].tolist()) | set(ints[t.SCALE_AT :][:n][used].tolist())
-        for code in codes - {t.NONE, t.ONE}:
-            if t.OUT <= code < t.ONE:
-                total += int(outs[code - t.OUT].element_size())
-            elif code < t.OUT or t.TENSOR <= code < t.NOISE:
-                total += int(pool.element_size())
-        for code in ints[t.DESTINATION_AT :][:m].tolist():
+    for ints, floats in table_rows(table, rows):
+        total += bytes_read(pool, outs, ints, floats)
+        for code in ints[t.DESTINATION_AT :][: int(ints[1])].tolist():
             total += int((net if code == t.NET else pool).element_size())
     return total * int(math.prod(pool.shape[2:]))
+
+
+def bytes_read(pool: Any, outs: Sequence[Any], ints: Any, floats: Any) -> int:
+    """Bytes one element of a sample at this row reads."""
+    n, m = int(ints[0]), int(ints[1])
+    used = (floats[: t.PREV_AT].reshape(t.OUTPUTS, t.SOURCES)[:m, :n] != 0).any(axis=0)
+    codes = set(ints[t.SOURCE_AT :][:n][used].tolist()) | set(ints[t.SCALE_AT :][:n][used].tolist())
+    total = 0
+    for code in codes - {t.NONE, t.ONE}:
+        if t.OUT <= code < t.ONE:
+            total += int(outs[code - t.OUT].element_size())
+        elif code < t.OUT or t.TENSOR <= code < t.NOISE:
+            total += int(pool.element_size())
+    return total
 
 
 def flops(pool: Any, outs: Sequence[Any], table: StepTable, rows: Any, index: Any, **_: Any) -> int:
     """Multiplications and additions: two a nonzero coefficient, one a scale; noise and clamp not counted."""
     total = 0
-    for ints, floats in _rows(table, rows):
+    for ints, floats in table_rows(table, rows):
         n, m = int(ints[0]), int(ints[1])
         coef = floats[: t.PREV_AT].reshape(t.OUTPUTS, t.SOURCES)[:m, :n]
         total += 2 * int(np.count_nonzero(coef)) + 2 * int(np.count_nonzero(floats[t.PREV_AT : t.LOW_AT]))
@@ -42,7 +49,7 @@ def flops(pool: Any, outs: Sequence[Any], table: StepTable, rows: Any, index: An
     return total * int(math.prod(pool.shape[2:]))
 
 
-def _rows(table: StepTable, rows: Any) -> list[tuple[Any, Any]]:
+def table_rows(table: StepTable, rows: Any) -> list[tuple[Any, Any]]:
     """Numpy rows of the samples of a call."""
     ints, floats = (a.cpu().numpy() if table.is_torch else a for a in (table.ints, table.floats))
     numbers = rows.tolist() if hasattr(rows, "tolist") else list(rows)

@@ -34,6 +34,7 @@ def solver_step(
     tensors: Sequence[Tensor] = (),
     seeds: Tensor | None = None,
     pictures: Tensor | None = None,
+    adjust: Tensor | None = None,
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass.
 
@@ -58,4 +59,5 @@ def solver_step(
         seeds=None if seeds is None else seeds.tolist(),
         pictures=None if pictures is None else pictures.tolist(),
         threads=torch.get_num_threads(),
+        adjust=0 if adjust is None else adjust.data_ptr(),
     )

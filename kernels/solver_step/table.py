@@ -5,12 +5,15 @@
 Codes of a row (`ints`, int32 [32]):
 
     [0]      sources n <= 12        [2:14]   source codes         [26:30]  destination codes
-    [1]      outputs m <= 4         [14:26]  scale codes          [30:32]  zero
+    [1]      outputs m <= 4         [14:26]  scale codes          [30]     adjusted outputs    [31]  kind of the row
     source:       slot c (0..255) | OUT + branch | ONE | TENSOR + i | NOISE + draw
     scale:        NONE | slot c | TENSOR + i
     destination:  slot c | NET (the network-input plane)
+    adjusted:     bit k: output k takes (low, high, gain) of the sample from `adjust`: y_k = clamp(.., low, high) * gain
+    kind:         0, or what a reduction row computes: it writes nothing (destinations NONE) and yields such a triple
 
-Numbers of a row (`floats`, [72]): [0:48] coef[4][12], [48:64] prev[4][4], [64:68] low, [68:72] high.
+Numbers of a row (`floats`, [72]): [0:48] coef[4][12], [48:64] prev[4][4], [64:68] low, [68:72] high. In a reduction row
+the last two hold the parameters: THRESHOLD: ratio in low[0], maximum in high[0]; RESCALE: phi in low[0].
 
 numpy only: rows can be built where torch is absent. `build_row` turns lists of terms into a row.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -32,8 +35,10 @@ SLOTS, BRANCHES, TENSORS = 256, 16, 1024  # exclusive upper bounds of a pool slo
 OUT, ONE, NET, TENSOR, NOISE, NONE = 256, 512, 768, 1024, 65536, -1
 DRAWS = (1 << 31) - NOISE  # exclusive upper bound of a draw: the code is an int32
 
+THRESHOLD, RESCALE = 1, 2  # kinds of reduction rows
+
 INTS, FLOATS = 32, 72  # width of a row
-SOURCE_AT, SCALE_AT, DESTINATION_AT = 2, 14, 26
+SOURCE_AT, SCALE_AT, DESTINATION_AT, ADJUSTED_AT, KIND_AT = 2, 14, 26, 30, 31
 COEF_AT, PREV_AT, LOW_AT, HIGH_AT = 0, 48, 64, 68
 
 # What occurs at a source position in any row of a table: bits of `Facts.kinds`.
@@ -46,7 +51,8 @@ class Facts:
 
     kinds: one bit set per source position (its length: most sources of a row); outputs: most outputs of a row;
     slots, branches, tensors: how many of each the codes reach (highest index + 1); net: a row writes the network input;
-    reach: the same by row, int64 [R, 5]: slots, branches, tensors, net, noise.
+    adjusted: a row has adjusted outputs; reach: the same by row, int64 [R, 7]: slots, branches, tensors, net, noise,
+    adjusted, kind.
     """
 
     kinds: tuple[int, ...]
@@ -55,6 +61,7 @@ class Facts:
     branches: int
     tensors: int
     net: bool
+    adjusted: bool
     reach: NDArray[np.int64] = field(compare=False, repr=False)
 
     @property
@@ -133,6 +140,7 @@ class Output:
     """One result of a row: destination <- clamp(sum of coef * source * scale + sum of prev[l] * y_l, low, high).
 
     terms: (source code, scale code, coefficient); prev: coefficients of the row's earlier outputs, in their order.
+    adjusted: limits and a factor come from the sample's `adjust` instead of `low` and `high`.
     """
 
     destination: int
@@ -140,15 +148,48 @@ class Output:
     prev: Sequence[float] = ()
     low: float = -math.inf
     high: float = math.inf
+    adjusted: bool = False
 
 
-def build_row(outputs: Sequence[Output]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A row that writes nothing and yields (low, high, gain) of a sample; `of`: the terms of y_0 (and y_1).
+
+    Raises ArgumentError for parameters out of range or a number of sums that does not fit the kind.
+    THRESHOLD: s = min(max(quantile(|y_0|, low), 1), high) gives (-s, s, 1/s).
+    RESCALE: (-inf, inf, low * std(y_1) / std(y_0) + 1 - low).
+    """
+
+    kind: int
+    of: Sequence[Sequence[tuple[int, int, float]]]
+    low: float
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.kind not in (THRESHOLD, RESCALE) or len(self.of) != self.kind:  # a kind's number is that of its y
+            raise ArgumentError(f"Reduction: kind {self.kind} of {len(self.of)} sums; threshold takes one, rescale two")
+        if self.kind == THRESHOLD and not (0.0 <= self.low <= 1.0 and self.high > 0.0):
+            raise ArgumentError(f"Reduction: threshold needs 0 <= ratio <= 1 and max > 0, got {self.low}, {self.high}")
+        if not math.isfinite(self.low):
+            raise ArgumentError(f"Reduction: rescale needs a finite phi, got {self.low}")
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The same as outputs without a destination."""
+        return tuple(Output(NONE, terms) for terms in self.of)
+
+
+Row: TypeAlias = "Sequence[Output] | Reduction"
+
+
+def build_row(row: Row) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """One row from its outputs. Equal (source, scale) pairs share a source; sources keep the order of first mention.
 
     That order is the order of summation in every output. A pair mentioned twice in one output is an error: add the
     coefficients first. Returns: int32 [32], float64 [72].
     Raises: ArgumentError: too many sources or outputs, an unknown code, a number that is not finite, low above high.
     """
+    outputs = row.outputs if isinstance(row, Reduction) else row
     if len(outputs) > OUTPUTS:
         raise ArgumentError(f"build_row: {len(outputs)} outputs, at most {OUTPUTS} fit; split the row")
     ints, floats = np.zeros(INTS, np.int32), np.zeros(FLOATS, np.float64)
@@ -166,17 +207,22 @@ def build_row(outputs: Sequence[Output]) -> tuple[NDArray[np.int32], NDArray[np.
         prev[k, : len(output.prev)] = output.prev
         ints[DESTINATION_AT + k] = output.destination
         floats[LOW_AT + k], floats[HIGH_AT + k] = output.low, output.high
-    if len({output.destination for output in outputs}) < len(outputs):
-        raise ArgumentError("build_row: two outputs have one destination; give each its own slot")
+        ints[ADJUSTED_AT] |= output.adjusted << k
     ints[0], ints[1] = len(position), len(outputs)
+    if isinstance(row, Reduction):
+        ints[KIND_AT], floats[LOW_AT], floats[HIGH_AT] = row.kind, row.low, row.high
+    elif NONE in ints[DESTINATION_AT : DESTINATION_AT + len(outputs)]:
+        raise ArgumentError(f"build_row: an output has the unknown destination code {NONE}; only a Reduction has none")
+    elif len({output.destination for output in outputs}) < len(outputs):
+        raise ArgumentError("build_row: two outputs have one destination; give each its own slot")
     return ints, floats
 
 
-def build_table(rows: Sequence[Sequence[Output]], dtype: DTypeLike = np.float32) -> StepTable:
+def build_table(rows: Sequence[Row], dtype: DTypeLike = np.float32) -> StepTable:
     """A numpy table of `build_row` rows; `dtype` of the numbers: float32 or float64."""
-    built = [build_row(outputs) for outputs in rows]
-    ints = np.stack([row[0] for row in built]) if built else np.zeros((0, INTS), np.int32)
-    exact = np.stack([row[1] for row in built]) if built else np.zeros((0, FLOATS))
+    built = [build_row(row) for row in rows]
+    ints = np.stack([pair[0] for pair in built]) if built else np.zeros((0, INTS), np.int32)
+    exact = np.stack([pair[1] for pair in built]) if built else np.zeros((0, FLOATS))
     with np.errstate(over="ignore"):
         floats = exact.astype(dtype)
     if not np.isfinite(floats[:, :LOW_AT]).all():
@@ -192,7 +238,12 @@ def read_facts(ints: NDArray[np.int32]) -> Facts:
     here = np.arange(SOURCES) < n
     source = np.where(here, ints[:, SOURCE_AT:SCALE_AT], ONE)
     scale = np.where(here, ints[:, SCALE_AT:DESTINATION_AT], NONE)
-    written = np.arange(OUTPUTS) < m
+    kind, adjusted = ints[:, KIND_AT], ints[:, ADJUSTED_AT]
+    if ((kind < 0) | (kind > RESCALE) | ((kind != 0) & (m[:, 0] != kind))).any() or (
+        (adjusted < 0) | (adjusted >> m[:, 0] != 0)
+    ).any():
+        raise ArgumentError("StepTable: a row has an unknown kind, or lacks the outputs that it adjusts or reduces")
+    written = (np.arange(OUTPUTS) < m) & (kind == 0)[:, None]
     destination = np.where(written, ints[:, DESTINATION_AT : DESTINATION_AT + OUTPUTS], NONE)
     for what, codes, known in (
         ("source", source, _is_source), ("scale", scale, _is_scale), ("destination", destination, _is_destination)
@@ -206,16 +257,16 @@ def read_facts(ints: NDArray[np.int32]) -> Facts:
     tensors = np.concatenate([np.where(codes < NOISE, codes, NONE) - TENSOR for codes in (source, scale)], axis=1)
     outs = np.where(source < ONE, source - OUT, NONE)
     counts = [np.maximum(found.max(axis=1, initial=NONE), NONE) + 1 for found in (slots, outs, tensors)]
-    flags = [(destination == NET).any(axis=1), (source >= NOISE).any(axis=1)]
+    flags = [(destination == NET).any(axis=1), (source >= NOISE).any(axis=1), adjusted != 0, kind]
     reach = np.stack([*counts, *flags], axis=1).astype(np.int64)
     kinds = sum(bit * found.any(axis=0) for bit, found in _kinds(source, scale)) + np.zeros(SOURCES, int)
     return Facts(tuple(int(kind) for kind in kinds[: int(n.max(initial=0))]), int(m.max(initial=0)), *_widest(reach))
 
 
-def _widest(reach: NDArray[np.int64]) -> tuple[int, int, int, bool, NDArray[np.int64]]:
+def _widest(reach: NDArray[np.int64]) -> tuple[int, int, int, bool, bool, NDArray[np.int64]]:
     """The last fields of `Facts` from what each row reaches."""
-    slots, branches, tensors, net, _ = (int(count) for count in reach.max(axis=0, initial=0))
-    return slots, branches, tensors, bool(net), reach
+    slots, branches, tensors, net, _, adjusted, _ = (int(count) for count in reach.max(axis=0, initial=0))
+    return slots, branches, tensors, bool(net), bool(adjusted), reach
 
 
 def on_host(array: Any) -> bool:
@@ -261,7 +312,7 @@ def _check_output(k: int, output: Output) -> None:
     pairs = [(source, scale) for source, scale, _ in output.terms]
     if len(set(pairs)) < len(pairs):
         raise ArgumentError(f"build_row: output {k} mentions a source twice with one scale; add the coefficients")
-    if not _is_destination(output.destination):
+    if output.destination != NONE and not _is_destination(output.destination):
         raise ArgumentError(f"build_row: output {k} has the unknown destination code {output.destination}")
     for source, scale in pairs:
         if not (_is_source(source) and _is_scale(scale)) or source >= NOISE + DRAWS:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,7 @@ _OUT, _NET, _TENSOR, _NOISE = (tl.constexpr(c) for c in (codes.OUT, codes.NET, c
 _INTS, _FLOATS, _SOURCES = (tl.constexpr(c) for c in (codes.INTS, codes.FLOATS, codes.SOURCES))
 _SOURCE_AT, _SCALE_AT, _TO_AT = (tl.constexpr(c) for c in (codes.SOURCE_AT, codes.SCALE_AT, codes.DESTINATION_AT))
 _PREV_AT, _LOW_AT, _HIGH_AT = (tl.constexpr(c) for c in (codes.PREV_AT, codes.LOW_AT, codes.HIGH_AT))
+_ADJUSTED_AT = tl.constexpr(codes.ADJUSTED_AT)
 _ROW_OUTPUTS = tl.constexpr(codes.OUTPUTS)
 _FROM_POOL, _FROM_TENSOR = tl.constexpr(codes.FROM_POOL), tl.constexpr(codes.FROM_TENSOR)
 _FROM_OUT, _FROM_NOISE = tl.constexpr(codes.FROM_OUT), tl.constexpr(codes.FROM_NOISE)
@@ -56,12 +58,38 @@ def solver_step(
     tensors: Sequence[Tensor] = (),
     seeds: Tensor | None = None,
     pictures: Tensor | None = None,
+    adjust: Tensor | None = None,
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass."""
-    batch, size = len(rows), math.prod(pool.shape[2:])
-    facts = table.facts
+    size, facts = math.prod(pool.shape[2:]), table.facts
     if not facts.outputs:
         return
+    inputs, constants = launch_arguments(pool, outs, table, rows, index, tensors, seeds, pictures)
+    with on_device(pool.device):
+        _solver_step[triton.cdiv(size, BLOCK), len(rows)](
+            *inputs,
+            net if facts.net else None,
+            adjust if facts.adjusted else None,
+            **constants,
+            OUTPUTS=facts.outputs,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def launch_arguments(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    rows: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor],
+    seeds: Tensor | None,
+    pictures: Tensor | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What kernels over rows share: arguments up to `slot_stride`, and the constants they are compiled for."""
+    facts = table.facts
     rows, index = (t.to(pool.device, non_blocking=True) for t in (rows, index))
     if facts.noise and seeds is not None and pictures is not None:
         seeds, pictures = (t.to(pool.device, non_blocking=True) for t in (seeds, pictures))
@@ -71,29 +99,14 @@ def solver_step(
     outs = tuple(outs[: facts.branches])
     kinds = _kinds_given(facts.kinds, bool(outs), bool(addresses), seeds is not None)
     outs = outs or (pool[0],)
-    with on_device(pool.device):
-        _solver_step[triton.cdiv(size, BLOCK), batch](
-            pool,
-            outs,
-            tuple(out.stride(0) for out in outs),
-            net if facts.net else None,
-            _on_device(addresses, pool.device) if addresses else None,
-            table.ints,
-            table.floats,
-            rows,
-            index,
-            seeds,
-            pictures,
-            size,
-            pool.stride(0),
-            KINDS=kinds,
-            SCALES=tuple(kind // codes.SCALED_BY_POOL for kind in kinds),
-            OUTPUTS=facts.outputs,
-            ALIGNED=all(address % 16 == 0 for address in addresses),
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    strides = tuple(out.stride(0) for out in outs)
+    side_car = _on_device(addresses, pool.device) if addresses else None
+    size = math.prod(pool.shape[2:])
+    arrays = (table.ints, table.floats, rows, index, seeds, pictures)
+    scales = tuple(kind // codes.SCALED_BY_POOL for kind in kinds)
+    aligned = all(address % 16 == 0 for address in addresses)
+    constants = {"KINDS": kinds, "SCALES": scales, "ALIGNED": aligned}
+    return (pool, outs, strides, side_car, *arrays, size, pool.stride(0)), constants
 
 
 def _kinds_given(kinds: tuple[int, ...], outs: bool, tensors: bool, noise: bool) -> tuple[int, ...]:
@@ -115,7 +128,6 @@ def _solver_step(
     pool,
     outs,  # tuple of pointers, one a branch
     out_strides,  # elements between samples, one a branch
-    net,
     tensors,  # addresses of side-car tensors
     ints,
     floats,
@@ -125,13 +137,14 @@ def _solver_step(
     pictures,
     size,
     slot_stride,
+    net,
+    adjust,
     KINDS: tl.constexpr,  # where sources come from, bits by position
     SCALES: tl.constexpr,  # where their scales come from, the same bits
-    OUTPUTS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    N: tl.constexpr = len(KINDS)
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     element = first + tl.arange(0, BLOCK)
@@ -140,12 +153,59 @@ def _solver_step(
     ints += row * _INTS
     floats += row * _FLOATS
     state = pool + lane * size  # slot 0 of this sample
-    n, m = tl.load(ints), tl.load(ints + 1)
-    seed, picture = 0, 0
-    if seeds is not None:
-        seed, picture = tl.load(seeds + sample), tl.load(pictures + sample)
+    m = tl.load(ints + 1)
+    source, scale, limit, coef = read_row(ints, floats, size, len(KINDS), OUTPUTS)
+    values = ()
+    for j in tl.static_range(len(KINDS)):
+        value = read_value(
+            source[j], scale[j], limit[j], state, slot_stride, outs, out_strides, tensors, seeds, pictures, sample,
+            first, KINDS[j], SCALES[j], ALIGNED, BLOCK,
+        )  # fmt: skip
+        values = values + (value,)
+    results = ()
+    for k in tl.static_range(OUTPUTS):
+        total = minus_zero(BLOCK)
+        empty = m >= 0
+        for j in tl.static_range(len(KINDS)):
+            c = coef[j * OUTPUTS + k]
+            total = tl.where(c != 0.0, total + c * values[j], total)
+            empty = empty & (c == 0.0)
+        for earlier in tl.static_range(k):
+            p = tl.load(floats + _PREV_AT + k * _ROW_OUTPUTS + earlier, mask=k < m, other=0.0)
+            total = tl.where(p != 0.0, total + p * results[earlier], total)
+            empty = empty & (p == 0.0)
+        total = tl.where(empty, 0.0, total)
+        low, high = tl.load(floats + _LOW_AT + k), tl.load(floats + _HIGH_AT + k)
+        gain = 1.0
+        if adjust is not None:
+            adjusted = (tl.load(ints + _ADJUSTED_AT) >> k & 1) != 0
+            low = tl.where(adjusted, tl.load(adjust + 3 * sample, mask=adjusted, other=0.0), low)
+            high = tl.where(adjusted, tl.load(adjust + 3 * sample + 1, mask=adjusted, other=0.0), high)
+            gain = tl.load(adjust + 3 * sample + 2, mask=adjusted, other=1.0)
+        total = tl.where(total < low, low, total)  # false for NaN, which passes
+        total = tl.where(total > high, high, total)
+        results = results + (total * gain,)
 
-    # The row: codes, and for every source how many elements are read (all or none).
+    tl.debug_barrier()  # loads and stores may spread elements over threads differently: all reads come before any write
+    for k in tl.static_range(OUTPUTS):
+        to = tl.load(ints + _TO_AT + k)
+        here = tl.where((k < m) & (to >= 0) & (to < _OUT), size, 0)
+        tl.store(state + to.to(tl.int64) * slot_stride + element, results[k], mask=element < here)
+        if net is not None:
+            here = tl.where((k < m) & (to == _NET), size, 0)
+            tl.store(net + lane * size + element, results[k].to(net.dtype.element_ty), mask=element < here)
+
+
+@triton.jit
+def minus_zero(BLOCK: tl.constexpr):
+    """-0 [BLOCK]: -0 + x is x, bit for bit."""
+    return tl.full([BLOCK], _MINUS_ZERO_BITS, tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read_row(ints, floats, size, N: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Codes of sources and scales, how many elements of each are read (all or none), coefficients [N * OUTPUTS]."""
+    n, m = tl.load(ints), tl.load(ints + 1)
     source, scale, limit, coef = (), (), (), ()
     for j in tl.static_range(N):
         source = source + (tl.load(ints + _SOURCE_AT + j),)
@@ -156,47 +216,42 @@ def _solver_step(
             used = used | (c != 0.0)
             coef = coef + (c,)
         limit = limit + (tl.where(used, size, 0),)
+    return source, scale, limit, coef
 
-    values = ()
-    for j in tl.static_range(N):
-        value = _read(source[j], limit[j], state, slot_stride, tensors, element, KINDS[j], ALIGNED, BLOCK)
-        if _FROM_OUT & KINDS[j]:
-            for b in tl.static_range(len(outs)):
-                here = tl.where(source[j] == _OUT + b, limit[j], 0)
-                out = tl.load(outs[b] + sample * out_strides[b] + element, mask=element < here, other=0.0)
-                value = tl.where(here > 0, out.to(tl.float32), value)
-        if _FROM_NOISE & KINDS[j]:
-            if (source[j] >= _NOISE) & (limit[j] > 0):
-                value = normal_block(seed, picture, source[j] - _NOISE, first, BLOCK)
-        if SCALES[j] > 0:
-            value *= _read(scale[j], limit[j], state, slot_stride, tensors, element, SCALES[j], ALIGNED, BLOCK)
-        values = values + (value,)
 
-    results = ()
-    for k in tl.static_range(OUTPUTS):
-        total = tl.full([BLOCK], _MINUS_ZERO_BITS, tl.int32).to(tl.float32, bitcast=True)  # -0 + x is x, bit for bit
-        empty = n >= 0
-        for j in tl.static_range(N):
-            c = coef[j * OUTPUTS + k]
-            total = tl.where(c != 0.0, total + c * values[j], total)
-            empty = empty & (c == 0.0)
-        for earlier in tl.static_range(k):
-            p = tl.load(floats + _PREV_AT + k * _ROW_OUTPUTS + earlier, mask=k < m, other=0.0)
-            total = tl.where(p != 0.0, total + p * results[earlier], total)
-            empty = empty & (p == 0.0)
-        total = tl.where(empty, 0.0, total)
-        low, high = tl.load(floats + _LOW_AT + k), tl.load(floats + _HIGH_AT + k)
-        total = tl.where(total < low, low, total)  # false for NaN, which passes
-        results = results + (tl.where(total > high, high, total),)
-
-    tl.debug_barrier()  # loads and stores may spread elements over threads differently: all reads come before any write
-    for k in tl.static_range(OUTPUTS):
-        to = tl.load(ints + _TO_AT + k)
-        here = tl.where((k < m) & (to < _OUT), size, 0)
-        tl.store(state + to.to(tl.int64) * slot_stride + element, results[k], mask=element < here)
-        if net is not None:
-            here = tl.where((k < m) & (to == _NET), size, 0)
-            tl.store(net + lane * size + element, results[k].to(net.dtype.element_ty), mask=element < here)
+@triton.jit
+def read_value(
+    source,
+    scale,
+    limit,
+    state,
+    slot_stride,
+    outs,
+    out_strides,
+    tensors,
+    seeds,
+    pictures,
+    sample,
+    first,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """source * scale of the elements from `first` on, for one source of a row."""
+    element = first + tl.arange(0, BLOCK)
+    value = _read(source, limit, state, slot_stride, tensors, element, KIND, ALIGNED, BLOCK)
+    if _FROM_OUT & KIND:
+        for b in tl.static_range(len(outs)):
+            here = tl.where(source == _OUT + b, limit, 0)
+            out = tl.load(outs[b] + sample * out_strides[b] + element, mask=element < here, other=0.0)
+            value = tl.where(here > 0, out.to(tl.float32), value)
+    if _FROM_NOISE & KIND:
+        if (source >= _NOISE) & (limit > 0):
+            value = normal_block(tl.load(seeds + sample), tl.load(pictures + sample), source - _NOISE, first, BLOCK)
+    if SCALE > 0:
+        value *= _read(scale, limit, state, slot_stride, tensors, element, SCALE, ALIGNED, BLOCK)
+    return value
 
 
 @triton.jit

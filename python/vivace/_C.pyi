@@ -24,7 +24,26 @@ def solver_step(
     seeds: Sequence[int] | None,
     pictures: Sequence[int] | None,
     threads: int,
+    adjust: int = 0,
     stream_above: int = -1,
+) -> None: ...
+def sample_adjust(
+    *,
+    adjust: int,
+    pool: int,
+    slots: int,
+    capacity: int,
+    numel: int,
+    outs: Sequence[tuple[int, int, str]],
+    tensors: Sequence[int],
+    ints: int,
+    floats: int,
+    table_rows: int,
+    rows: Sequence[int],
+    index: Sequence[int],
+    seeds: Sequence[int] | None,
+    pictures: Sequence[int] | None,
+    threads: int,
 ) -> None: ...
 def philox_normal(
     out: int, numel: int, seeds: Sequence[int], pictures: Sequence[int], draw: int, threads: int

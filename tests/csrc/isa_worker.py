@@ -193,6 +193,53 @@ def problems() -> dict[str, Problem]:
     return found
 
 
+def adjust_problem(numel: int, seed: int, odd: bool) -> dict[str, Any]:
+    """Rows of both kinds over a slot, a branch and noise; `odd`: among the values are NaN and infinities."""
+    rng = np.random.default_rng(seed)
+    row = Row([0, OUT, NOISE + 3], [-1, -1], [[1.5, -0.7, 0.25], [0.0, 1.0, 0.0]])
+    threshold = Row([0, OUT, NOISE + 3], [-1], [[1.5, -0.7, 0.25]], clamp={0: (0.97, 1e6)})
+    arrays = [threshold.arrays(), row.arrays()]
+    arrays[0][0][31], arrays[1][0][31], arrays[1][1][64] = 1, 2, 0.7
+    pool = 2.0 * rng.standard_normal((1, 2, numel)).astype(np.float32)
+    pool = values(rng, 1, 2, numel) if odd else np.round(pool, 2)  # rounded: ties
+    out = rng.standard_normal((2, numel)).astype(np.float32)
+    return {
+        "pool": pool, "out": out, "ints": np.stack([a[0] for a in arrays]), "floats": np.stack([a[1] for a in arrays]),
+    }  # fmt: skip
+
+
+def adjusts(numel: int, seed: int, odd: bool, threads: int) -> list[np.ndarray]:
+    a = adjust_problem(numel, seed, odd)
+    adjust = np.empty((2, 3), np.float32)
+    _C.sample_adjust(
+        adjust=adjust.ctypes.data, pool=a["pool"].ctypes.data, slots=1, capacity=2, numel=numel,
+        outs=[(a["out"].ctypes.data, numel, "float32")], tensors=[], ints=a["ints"].ctypes.data,
+        floats=a["floats"].ctypes.data, table_rows=2, rows=[0, 1], index=[1, 0], seeds=[5, 6], pictures=[0, 2],
+        threads=threads,
+    )  # fmt: skip
+    return [adjust]
+
+
+def defined_adjusts(numel: int, seed: int, odd: bool) -> list[np.ndarray]:
+    """Quantile by sorting, interpolated in float64 (one rounding); deviations by numpy in float64."""
+    a = adjust_problem(numel, seed, odd)
+    y = []
+    for b in range(2):
+        draw = noise.normals(numel, 5 + b, picture=2 * b, draw=3)
+        y.append(np.float32(1.5) * a["pool"][0, 1 - b] + np.float32(-0.7) * a["out"][b] + np.float32(0.25) * draw)
+    ordered = np.sort(np.abs(y[0]))
+    rank = np.float32(0.97) * np.float32(numel - 1)
+    low, high = ordered[int(np.floor(rank))], ordered[int(np.ceil(rank))]
+    weight, step = np.float32(rank - np.floor(rank)), high - low
+    factor, base = (weight, low) if weight < 0.5 else (weight - np.float32(1), high)
+    s = np.float32(float(factor) * float(step) + float(base))
+    s = np.float32(np.nan) if np.isnan(ordered[-1]) else min(max(s, np.float32(1)), np.float32(1e6))
+    spread = [v.astype(np.float64).std(ddof=1) for v in (y[1], a["out"][1])]
+    phi = float(np.float32(0.7))
+    gain = phi * (spread[1] / spread[0]) + (1.0 - phi)
+    return [np.array([[-s, s, np.float32(1) / s], [-np.inf, np.inf, gain]], np.float32)]
+
+
 def digest(arrays: list[np.ndarray]) -> str:
     """SHA-256 of the bits, with one NaN for all NaNs."""
     state = hashlib.sha256()
@@ -258,6 +305,11 @@ def main() -> None:
             runs = [(1, NEVER), (1, ALWAYS), (2, ALWAYS), (2, NEVER)]
             report[name] = [digest(problem.kernel(*run)) for run in runs] + [digest(problem.definition())]
         report["normals"] = [digest(normals(1)), digest(normals(2)), digest(defined_normals())]
+        for numel in (2, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 70_001):
+            for odd in (False, True):
+                call = (numel, numel, odd)
+                found = [digest(adjusts(*call, threads)) for threads in (1, 2)]
+                report[f"adjust {numel} {odd}"] = [*found, digest(defined_adjusts(*call))]
         report |= halves()
     json.dump({"isa": _C.isa(), "digests": report}, sys.stdout)
 

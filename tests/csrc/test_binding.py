@@ -59,6 +59,9 @@ BAD_CODES = {
     "writes to 2147483647": {26: 2**31 - 1},
     "pass net": {26: NET},
     "writes destination 1 twice": {1: 2, 27: 1},
+    "is of kind 1; sample_adjust runs": {31: 1},
+    "adjusts output 0; pass adjust": {30: 1},
+    "adjusts outputs it does not have": {30: 2},
 }
 
 
@@ -66,6 +69,47 @@ BAD_CODES = {
 def test_a_bad_code_is_refused(message: str) -> None:
     with pytest.raises(ValueError) as caught:
         call(BAD_CODES[message])
+    assert message in str(caught.value)
+
+
+def reduce(ints: dict[int, int], ratio: float = 0.5, **changes: Any) -> np.ndarray:
+    """A one-sample reduction of slot 0, with entries of the row and arguments replaced."""
+    row, floats = np.zeros((1, 32), np.int32), np.zeros((1, 72), np.float32)
+    row[0, :2], row[0, 14:26], row[0, 26], row[0, 31] = 1, -1, -1, 1
+    floats[0, 0], floats[0, 64], floats[0, 68] = 2.0, ratio, 100.0
+    for at, value in ints.items():
+        row[0, at] = value
+    pool, adjust = np.ones((SLOTS, CAPACITY, NUMEL), np.float32), np.zeros((1, 3), np.float32)
+    arguments = {
+        "adjust": adjust.ctypes.data, "pool": pool.ctypes.data, "slots": SLOTS, "capacity": CAPACITY, "numel": NUMEL,
+        "outs": [], "tensors": [], "ints": row.ctypes.data, "floats": floats.ctypes.data, "table_rows": 1,
+        "rows": [0], "index": [2], "seeds": None, "pictures": None, "threads": 1,
+    }  # fmt: skip
+    _C.sample_adjust(**(arguments | changes))
+    return adjust
+
+
+BAD_REDUCTIONS: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
+    "is of kind 0": ({31: 0}, {}),
+    "is of kind 3": ({31: 3}, {}),
+    "reduces 1 outputs; kind 2 reduces 2": ({31: 2}, {}),
+    "reduces, but writes to 1 (output 0)": ({26: 1}, {}),
+    "adjusts outputs it does not have": ({30: 2}, {}),
+    "has ratio 1.5": ({}, {"ratio": 1.5}),
+    "has ratio nan": ({}, {"ratio": np.nan}),
+    "reads branch 0": ({2: OUT}, {}),
+    "adjust has no memory": ({}, {"adjust": 0}),
+    "is in lane 3": ({}, {"index": [3]}),
+    "elements a sample": ({}, {"numel": 1 << 32}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_REDUCTIONS)
+def test_a_bad_reduction_is_refused(message: str) -> None:
+    assert reduce({}).tolist() == [[-2.0, 2.0, 0.5]]
+    ints, changes = BAD_REDUCTIONS[message]
+    with pytest.raises(ValueError, match="^sample_adjust: ") as caught:
+        reduce(ints, **changes)
     assert message in str(caught.value)
 
 

@@ -77,44 +77,47 @@ def test_weights_of_every_row_sum_to_the_first_order_weight(steps, case):
         assert len(terms) <= case[1].get("order", 2) + 1
 
 
-def paper_unipc(model, x, grid, order, variant, corrected, orders):
-    """UniPC with two states, predictor and corrector as in algorithms 1 and 2 of the paper; x0 form."""
+def paper_unipc(model, x, grid, form, variant, corrected, orders):
+    """UniPC with two states, predictor and corrector as in algorithms 1 and 2 of the paper."""
     lam = [grid.lam(i) for i in range(grid.steps + 1)]
     history = [model(x, 0)]
     for i in range(grid.steps):
         p, h = orders[i], lam[i + 1] - lam[i]
         r = np.array([(lam[i - k] - lam[i]) / h for k in range(1, p)] + [1.0])
-        scale = -h if variant == "bh1" else np.expm1(-h)
-        psi, moments = np.expm1(-h) / -h - 1.0, []
+        power = -h if form == "x0" else h
+        keep, outer = (grid.sigmas, grid.alphas) if form == "x0" else (grid.alphas, grid.sigmas)
+        scale = power if variant == "bh1" else np.expm1(power)
+        psi, moments = np.expm1(power) / power - 1.0, []
         for k in range(1, p + 1):
             moments.append(math.factorial(k) * psi / scale)
-            psi = psi / -h - 1.0 / math.factorial(k + 1)
+            psi = psi / power - 1.0 / math.factorial(k + 1)
         powers = np.vander(r, p, increasing=True).T
         differences = [(history[-1 - k] - history[-1]) / r[k - 1] for k in range(1, p)]
-        base = grid.sigmas[i + 1] / grid.sigmas[i] * x - grid.alphas[i + 1] * np.expm1(-h) * history[-1]
+        base = keep[i + 1] / keep[i] * x - outer[i + 1] * np.expm1(power) * history[-1]
         ahead = np.array([0.5]) if p == 2 else np.linalg.solve(powers[:-1, :-1], moments[:-1])
-        guess = base - grid.alphas[i + 1] * scale * sum(a * d for a, d in zip(ahead, differences, strict=True))
+        guess = base - outer[i + 1] * scale * sum(a * d for a, d in zip(ahead, differences, strict=True))
         if i + 1 == grid.steps:
             return guess
         new = model(guess, i + 1)
         both = np.array([0.5]) if p == 1 else np.linalg.solve(powers, moments)
         change = sum(a * d for a, d in zip(both, [*differences, new - history[-1]], strict=True))
-        x = base - grid.alphas[i + 1] * scale * change if corrected[i] else guess
+        x = base - outer[i + 1] * scale * change if corrected[i] else guess
         history.append(new)
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("disabled", [(), (0,), (1, 3)])
-def test_one_row_unipc_is_the_two_state_method_of_the_paper(order, variant, disabled):
+@pytest.mark.parametrize("form", ["x0", "eps"])
+def test_one_row_unipc_is_the_two_state_method_of_the_paper(order, variant, disabled, form):
     grid = grid_of([-3.0, -2.1, -1.6, -0.2, 0.5, 1.7, 2.2, 3.0])
-    plan = plan_on(grid, "unipc", order=order, variant=variant, disable_corrector=disabled)
+    plan = plan_on(grid, "unipc", form, order=order, variant=variant, disable_corrector=disabled, form=form)
     orders = [min(order, i + 1, grid.steps - i) for i in range(grid.steps)]
 
     def model(x, i):
         return np.tanh(x) + 0.1 * i
 
-    want = paper_unipc(model, NOISE, grid, order, variant, [i not in disabled for i in range(7)], orders)
+    want = paper_unipc(model, NOISE, grid, form, variant, [i not in disabled for i in range(7)], orders)
     got = run_plan(plan, lambda x, t, i: model(x, i), NOISE)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-13 * np.abs(want).max())
 
@@ -246,7 +249,7 @@ def test_ddim_with_fresh_noise_is_equation_16():
 @pytest.mark.parametrize(
     ("solver", "options", "message"),
     [
-        ("unipic", {}, "known: ddim, dpmpp_2m, flow_euler, unipc; did you mean 'unipc'"),
+        ("unipic", {}, "known: ddim, ddpm, .*; did you mean 'unipc'"),
         ("unipc", {"ordre": 2}, "unipc: option: unknown 'ordre'.*did you mean 'order'"),
         ("unipc", {"order": 4}, "order must be an integer in 1..3"),
         ("unipc", {"order": True}, "order"),

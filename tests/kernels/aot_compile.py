@@ -17,37 +17,57 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vivace.kernels.philox_normal import triton_impl as philox
+from vivace.kernels.sample_adjust import triton_impl as adjust
 from vivace.kernels.solver_step import table as t
 from vivace.kernels.solver_step import triton_impl as step
 
 TARGET = GPUTarget("cuda", 90, 32)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ANY = t.FROM_POOL | t.FROM_OUT | t.FROM_TENSOR | t.SCALED_BY_POOL | t.SCALED_BY_TENSOR
-# name -> (kinds, outputs, number of outs, dtype of outs and of the network input)
+# name -> (kinds, outputs, number of outs, dtype of outs and of the network input, whether outputs are adjusted)
 STEPS = {
-    "solver_step guided": ((t.FROM_POOL,) * 4 + (t.FROM_OUT,) * 2, 2, 2, "bf16"),
-    "solver_step stochastic": ((t.FROM_POOL, t.FROM_POOL, t.FROM_OUT, t.FROM_OUT, t.FROM_NOISE), 3, 2, "bf16"),
-    "solver_step scaled": ((t.FROM_POOL | t.SCALED_BY_TENSOR,) * 5 + (t.FROM_OUT, t.FROM_TENSOR), 2, 1, "fp16"),
-    "solver_step 12 x 4": ((t.FROM_POOL,) * 10 + (t.FROM_OUT,) * 2, 4, 2, "fp32"),
-    "solver_step mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 4, 3, "bf16"),
+    "solver_step guided": ((t.FROM_POOL,) * 4 + (t.FROM_OUT,) * 2, 2, 2, "bf16", False),
+    "solver_step adjusted": ((t.FROM_POOL,) * 4 + (t.FROM_OUT,) * 2, 2, 2, "bf16", True),
+    "solver_step stochastic": ((t.FROM_POOL, t.FROM_POOL, t.FROM_OUT, t.FROM_OUT, t.FROM_NOISE), 3, 2, "bf16", False),
+    "solver_step scaled": ((t.FROM_POOL | t.SCALED_BY_TENSOR,) * 5 + (t.FROM_OUT, t.FROM_TENSOR), 2, 1, "fp16", False),
+    "solver_step 12 x 4": ((t.FROM_POOL,) * 10 + (t.FROM_OUT,) * 2, 4, 2, "fp32", False),
+    "solver_step mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 4, 3, "bf16", True),
+}
+ADJUSTS = {
+    "sample_adjust guided": ((t.FROM_POOL,) * 2 + (t.FROM_OUT,) * 2, 2, "bf16"),
+    "sample_adjust mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 3, "bf16"),
 }
 
 
-def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str) -> Any:
-    """The compiled kernel, arguments aligned as allocations are."""
+def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str, adjusted: bool) -> Any:
+    last = {"net": f"*{dtype}", "adjust": "*fp32" if adjusted else "constexpr"}
+    sizes = {"OUTPUTS": outputs, "BLOCK": step.BLOCK}
+    return rows_kernel(step._solver_step, kinds, branches, dtype, last, sizes, step.WARPS)
+
+
+def sample_adjust(kinds: tuple[int, ...], branches: int, dtype: str) -> Any:
+    last, sizes = {"adjust": "*fp32"}, {"BLOCK": adjust.BLOCK}
+    return rows_kernel(adjust._sample_adjust, kinds, branches, dtype, last, sizes, adjust.WARPS)
+
+
+def rows_kernel(kernel: Any, kinds: Any, branches: int, dtype: str, last: Any, sizes: Any, warps: int) -> Any:
+    """A kernel over rows of a table, arguments aligned as allocations are; `last`: those that not all of them have."""
     noise = any(kind & t.FROM_NOISE for kind in kinds)
     side_car = any(kind & (t.FROM_TENSOR | t.SCALED_BY_TENSOR) for kind in kinds)
     signature = {
-        "pool": "*fp32", "outs": (f"*{dtype}",) * branches, "out_strides": ("i32",) * branches, "net": f"*{dtype}",
+        "pool": "*fp32", "outs": (f"*{dtype}",) * branches, "out_strides": ("i32",) * branches,
         "tensors": "*i64" if side_car else "constexpr", "ints": "*i32", "floats": "*fp32",
         "rows": "*i64", "index": "*i64",
         "seeds": "*i64" if noise else "constexpr", "pictures": "*i64" if noise else "constexpr",
-        "size": "i32", "slot_stride": "i32",
+        "size": "i32", "slot_stride": "i32", **last,
     }  # fmt: skip
-    constants: dict[str, Any] = {"KINDS": kinds, "SCALES": tuple(kind // t.SCALED_BY_POOL for kind in kinds)}
-    constants |= {"OUTPUTS": outputs, "ALIGNED": True, "BLOCK": step.BLOCK}
+    constants: dict[str, Any] = sizes | {
+        "KINDS": kinds,
+        "SCALES": tuple(kind // t.SCALED_BY_POOL for kind in kinds),
+        "ALIGNED": True,
+    }
     constants |= {name: None for name, kind in signature.items() if kind == "constexpr"}
-    return compiled(step._solver_step, signature, constants, step.WARPS)
+    return compiled(kernel, signature, constants, warps)
 
 
 def philox_normal() -> Any:
@@ -75,7 +95,9 @@ def usage(kernel: Any) -> dict[str, Any]:
         text, code = (cuobjdump(what, cubin) for what in ("-res-usage", "-sass"))
     found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
     ptx = kernel.asm["ptx"]
-    told = sorted(set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt)\.[\w.]+)", ptx)))
+    told = sorted(
+        set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt|div)\.[\w.]+)", ptx))
+    )
     fused = len(re.findall(r"\bFFMA", code))  # a correctly rounded square root has some
     target = re.search(r"\.target (\w+)", ptx)[1]
     numbers = {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "fused": fused}
@@ -89,4 +111,5 @@ def cuobjdump(what: str, cubin: Path) -> str:
 
 if __name__ == "__main__":
     report = {name: usage(solver_step(*case)) for name, case in STEPS.items()}
+    report |= {name: usage(sample_adjust(*case)) for name, case in ADJUSTS.items()}
     print(json.dumps(report | {"philox_normal": usage(philox_normal())}))

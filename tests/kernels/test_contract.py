@@ -96,7 +96,7 @@ def test_inputs_are_left_alone_and_a_repeat_has_the_same_bits(op, backend, case,
 
 def solver_step_alone(call, b):
     pool, outs, table, rows, index = call.args
-    kwargs = {k: v[b : b + 1] if k in ("seeds", "pictures") else v for k, v in call.kwargs.items()}
+    kwargs = {k: v[b : b + 1] if k in ("seeds", "pictures", "adjust") else v for k, v in call.kwargs.items()}
     args = (pool, [out[b : b + 1] for out in outs], table, rows[b : b + 1], index[b : b + 1])
     return replace(call, args=args, kwargs=kwargs)
 
@@ -115,10 +115,15 @@ def philox_normal_results(call, results, b):
     return [results[0][b]]
 
 
+def sample_adjust_results(call, results, b):
+    return [results[0][b]]
+
+
 # Per op: the call of one sample, and one sample of a call's results.
 ALONE = {
     "solver_step": (solver_step_alone, solver_step_results),
     "philox_normal": (philox_normal_alone, philox_normal_results),
+    "sample_adjust": (solver_step_alone, sample_adjust_results),
 }
 
 
@@ -127,7 +132,7 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(op, backend, case, dtype)
     alone, results_of = ALONE[op.name]
     call = case.make(dtype, device_of(backend))
     batch = run(op, call, backend)
-    for b in range(len(call.args[3 if op.name == "solver_step" else 1])):
+    for b in range(len(call.args[1 if op.name == "philox_normal" else 3])):
         single = alone(case.make(dtype, device_of(backend)), b)
         results = results_of(single, run(op, single, backend), 0)
         assert all(map(same_bits, results_of(call, batch, b), results))

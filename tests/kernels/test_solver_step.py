@@ -160,8 +160,8 @@ def test_facts_tell_what_the_codes_reach():
     scaled = [Output(4, [(3, 6, 1.0), (NOISE, TENSOR + 2, 1.0)])]
     table = build_table([euler_row(), scaled, [Output(NET, [(OUT + 2, NONE, 1.0)])]])
     kinds = (t.FROM_POOL | t.SCALED_BY_POOL | t.FROM_OUT, t.FROM_OUT | t.FROM_NOISE | t.SCALED_BY_TENSOR)
-    reach = [[1, 1, 0, 0, 0], [7, 0, 3, 0, 1], [0, 3, 0, 1, 0]]  # slots, branches, tensors, net, noise of each row
-    facts = Facts(kinds, outputs=1, slots=7, branches=3, tensors=3, net=True, reach=np.array(reach))
+    reach = [[1, 1, 0, 0, 0, 0, 0], [7, 0, 3, 0, 1, 0, 0], [0, 3, 0, 1, 0, 0, 0]]  # columns of each row
+    facts = Facts(kinds, outputs=1, slots=7, branches=3, tensors=3, net=True, adjusted=False, reach=np.array(reach))
     assert table.facts == facts and table.facts.reach.tolist() == reach and table.facts.noise
     assert not build_table([euler_row()]).facts.noise
     assert build_table([[Output(0, [(TENSOR, NONE, 1.0)])]]).facts.kinds == (t.FROM_TENSOR,)

@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STDLIB = set(sys.stdlib_module_names)
 PLAN = ("engine.plan", "engine.verify", "engine.bind", "engine.prediction", "engine.render")
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
+FROM_DIFFUSERS = tuple(
+    f"engine.diffusers_{part}" for part in ("config", "grids", "rows", "discrete", "sigmas", "multistep", "classes")
+)
 FREE = ("errors", "__version__")  # everyone may import these
 
 # First matching prefix decides: (module prefix, own modules it may import, third-party packages it may import).
@@ -22,15 +25,15 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("engine.timesteps", (*PLAN, "engine.noise_schedule"), {"numpy"}),
     ("engine.solvers", (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers"), {"numpy"}),
     ("engine.passes", (*PLAN, "engine.passes"), {"numpy"}),
-    ("engine.diffusers_grids", (*PLAN, "engine.noise_schedule", "engine.timesteps"), {"numpy"}),
-    ("engine.from_diffusers", (*PLAN, *MAKING, "engine.diffusers_grids"), {"numpy"}),
+    *((name, (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}) for name in FROM_DIFFUSERS),
+    ("engine.from_diffusers", (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}),
     ("engine.planning", (*PLAN, *MAKING, "engine.passes", "engine.from_diffusers"), {"numpy"}),
     ("engine", ("engine", "kernels"), {"numpy", "torch", "safetensors"}),
     ("kernels", ("kernels", "_C", "engine.noise"), {"numpy", "torch", "triton"}),
-    ("metrics", ("metrics", "engine", "kernels"), {"numpy", "torch"}),
+    ("metrics", ("metrics", "engine", "kernels"), {"numpy", "torch", "safetensors", "PIL"}),
     ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz"}),
     ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
-    ("bench", ("",), {"numpy", "torch", "diffusers"}),
+    ("bench", ("",), {"numpy", "torch", "diffusers", "matplotlib"}),
     ("cli", ("",), {"typer", "PIL"}),
     ("__main__", ("cli",), set()),
     ("__init__", (), set()),

@@ -193,16 +193,17 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="kernels")],
+    suite: Annotated[str, typer.Argument(help="kernels, solvers or gate.")],
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for report, table and plots.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure, side by side with peers; every speed row carries its quality."""
     from vivace.bench import render, run
 
-    data = run(suite, op=op, claim=claim, quick=quick)
+    data = run(suite, op=op, claim=claim, quick=quick, out=out)
     _print(data, render(data), as_json)
 
 
