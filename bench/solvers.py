@@ -260,7 +260,7 @@ def plot(data: Mapping[str, Any], folder: Path) -> list[Path]:
         for i, name in enumerate(METHODS):
             mine = [r for r in data["rows"] if (r.get("solver"), r["on"], r.get("guidance")) == (name, on, guidance)]
             points = sorted((row["nfe"], row["error"]) for row in mine)
-            axis.loglog(*zip(*points, strict=True), marker="ovs^D"[i % 5], ms=3, lw=1, label=name) if points else None
+            axis.loglog(*zip(*points, strict=True), marker="ovs^DPX"[i % 7], ms=3, lw=1, label=name) if points else None
         axis.set_title(f"{on}, guidance {guidance:g}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
         axis.set_xticks(EVALUATIONS, [str(count) for count in EVALUATIONS])
@@ -283,7 +283,7 @@ def plot_orders(path: Path, steps: Sequence[int] = (10, 20, 40, 80, 160, 320)) -
         for i, (name, options, theory, multistep) in enumerate(o for o in oracle.ORDERS if o[2] == order):
             errors = [oracle.error_at(name, options, theory if multistep else 1, count) for count in steps]
             short = " ".join(str(v) for k, v in options.items() if k != "lower_order_final")
-            axis.loglog(steps, errors, marker="ovs^D"[i % 5], ms=3, lw=1, label=f"{name} {short}".strip())
+            axis.loglog(steps, errors, marker="ovs^DPX"[i % 7], ms=3, lw=1, label=f"{name} {short}".strip())
         axis.loglog(steps, [3.0 * (steps[0] / 10 * 5 / count) ** order for count in steps], "k--", lw=1)
         axis.set_title(f"order {order} in theory (dashed: slope {order})", fontsize=10)
         axis.grid(alpha=0.3, which="both")

@@ -225,9 +225,10 @@ class Request:
 
     def own_table(self, name: str) -> FloatArray | None:
         """A table of the scheduler object's own run in float64, if there is one."""
-        if self.own is None or self.timesteps is not None:
+        if self.own is None:
             return None
-        if (self.own["steps"], self.own["given"]) != (self.steps, self.sigmas):
+        given = self.sigmas if self.timesteps is None else self.timesteps
+        if (self.own["steps"], self.own["given"]) != (self.steps, given):
             return None
         return np.asarray(self.own[name], dtype=np.float64)
 

@@ -52,14 +52,23 @@ def own_table(name: str, alphas_cumprod: Any) -> Array:
 
 
 def run_tables(
-    name: str, scheduler: Any, config: Mapping[str, Any], steps: int, sigmas: list[float] | None
+    name: str,
+    scheduler: Any,
+    config: Mapping[str, Any],
+    steps: int,
+    sigmas: list[float] | None,
+    timesteps: list[float] | None = None,
 ) -> dict[str, Any] | None:
     """{"steps", "given", "timesteps", a list per table of RUN_TABLES} of a copy of the scheduler; None: it has none."""
     plain_euler = name == "EulerDiscreteScheduler" and config["interpolation_type"] == "linear"
     if name not in RUN_TABLES or plain_euler or not hasattr(scheduler, "set_timesteps"):
         return None
     made = copy.deepcopy(scheduler)
-    if sigmas is None:
+    if timesteps is not None:
+        if name != "EulerDiscreteScheduler":
+            return None
+        made.set_timesteps(timesteps=timesteps)
+    elif sigmas is None:
         made.set_timesteps(steps)
     elif name == "EDMEulerScheduler":
         made.set_timesteps(steps, sigmas=made.sigmas.double().new_tensor(sigmas))
@@ -67,7 +76,7 @@ def run_tables(
         return None
     tables = {key: as_numpy(getattr(made, key)) for key in ("timesteps", *RUN_TABLES[name])}
     finite = {key: np.where(np.isfinite(table), table, 0.0).tolist() for key, table in tables.items()}
-    return {"steps": steps, "given": sigmas, **finite}
+    return {"steps": steps, "given": sigmas if timesteps is None else timesteps, **finite}
 
 
 def table_of_config(name: str, config: Mapping[str, Any]) -> Array:

@@ -62,11 +62,10 @@ def plan_from_diffusers(
     if table is not None:
         values = grids.own_table(name, table)
         arguments["table"] = {"dtype": values.dtype.name, "values": values.tolist()}
-    if timesteps is None:
-        count = require_steps(arguments["steps"])
-        own = grids.run_tables(name, scheduler, read_fields(name, changed), count, arguments.get("sigmas"))
-        if own is not None:
-            arguments["own"] = own
+    count, given = require_steps(arguments["steps"]), (arguments.get("sigmas"), arguments.get("timesteps"))
+    own = grids.run_tables(name, scheduler, read_fields(name, changed), count, *given)
+    if own is not None:
+        arguments["own"] = own
     if name.startswith("FlowMatch"):  # `set_shift` changes the shift of an object after its making
         own_shift = scheduler.shift if hasattr(scheduler, "set_shift") else changed.get("shift", 1.0)
         arguments["shift"] = float(own_shift)

@@ -22,6 +22,7 @@ from vivace.kernels.solver_step.table import (
     OUT,
     OUTPUTS,
     RESCALE,
+    SLOTS,
     SOURCES,
     TENSOR,
     THRESHOLD,
@@ -75,6 +76,8 @@ def slot_names(plan: Plan, given: Given) -> dict[str, int]:
                 names.setdefault(slot)
     for name in (*(ref.name for ref in plan.inputs if ref.name not in given.values), *sorted(given.tensors)):
         names.setdefault(f"input:{name}")
+    if len(names) >= SLOTS:
+        raise UnsupportedError(f"the plan and its inputs name {len(names)} slots; at most {SLOTS - 1} fit the pool")
     return {name: number for number, name in enumerate((*names, _ACC))}
 
 
