@@ -130,6 +130,26 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
+def define(name: str, *, tolerance: float = 0.0) -> OpSpec:
+    """Register the op in `kernels/<name>/` by its fixed stems; its `cases.py` and `cost.py` load on first use."""
+    home = f"vivace.kernels.{name}"
+
+    def late(module: str, function: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: getattr(import_module(f"{home}.{module}"), function)(*args, **kwargs)
+
+    return register(
+        OpSpec(
+            name,
+            f"{home}.reference",
+            {backend: f"{home}.{backend}_impl" for backend in (CPU, TRITON)},
+            cases=late("cases", "cases"),
+            tolerance=tolerance,
+            bytes_moved=late("cost", "bytes_moved"),
+            flops=late("cost", "flops"),
+        )
+    )
+
+
 def ops() -> tuple[OpSpec, ...]:
     """All ops, by name."""
     for name in _OPS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vivace.kernels.solver_step.table import StepTable
-from vivace.kernels.spec import Case, OpSpec, choose, load, register
+from vivace.kernels.spec import choose, define, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,35 +62,4 @@ def sample_adjust(
     return adjust
 
 
-def _cases() -> tuple[Case, ...]:
-    from vivace.kernels.sample_adjust.cases import cases
-
-    return cases()
-
-
-def _bytes_moved(*args: Any, **kwargs: Any) -> int:
-    from vivace.kernels.sample_adjust.cost import bytes_moved
-
-    return bytes_moved(*args, **kwargs)
-
-
-def _flops(*args: Any, **kwargs: Any) -> int:
-    from vivace.kernels.sample_adjust.cost import flops
-
-    return flops(*args, **kwargs)
-
-
-SPEC = register(
-    OpSpec(
-        name="sample_adjust",
-        reference="vivace.kernels.sample_adjust.reference",
-        impls={
-            "cpu": "vivace.kernels.sample_adjust.cpu_impl",
-            "triton": "vivace.kernels.sample_adjust.triton_impl",
-        },
-        cases=_cases,
-        tolerance=0.0,
-        bytes_moved=_bytes_moved,
-        flops=_flops,
-    )
-)
+SPEC = define("sample_adjust")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vivace import _C
-from vivace.kernels.solver_step.cpu_impl import why_not
+from vivace.kernels.solver_step.cpu_impl import packed, why_not
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,24 +31,6 @@ def sample_adjust(
 
     A sample is reduced by one thread; the bits do not depend on their number.
     """
-    import torch
-
     adjust = pool.new_empty(len(rows), 3)
-    _C.sample_adjust(
-        adjust=adjust.data_ptr(),
-        pool=pool.data_ptr(),
-        slots=pool.shape[0],
-        capacity=pool.shape[1],
-        numel=math.prod(pool.shape[2:]),
-        outs=[(out.data_ptr(), out.stride(0), str(out.dtype)[6:]) for out in outs],
-        tensors=[tensor.data_ptr() for tensor in tensors],
-        ints=table.ints.data_ptr(),
-        floats=table.floats.data_ptr(),
-        table_rows=len(table),
-        rows=rows.tolist(),
-        index=index.tolist(),
-        seeds=None if seeds is None else seeds.tolist(),
-        pictures=None if pictures is None else pictures.tolist(),
-        threads=torch.get_num_threads(),
-    )
+    _C.sample_adjust(**packed(pool, outs, table, rows, index, tensors, seeds, pictures), adjust=adjust.data_ptr())
     return adjust

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vivace.kernels.solver_step.table import Output, Reduction, StepTable, build_row, build_table
-from vivace.kernels.spec import Case, OpSpec, choose, load, register
+from vivace.kernels.spec import choose, define, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,35 +78,4 @@ def solver_step(
     )
 
 
-def _cases() -> tuple[Case, ...]:
-    from vivace.kernels.solver_step.cases import cases
-
-    return cases()
-
-
-def _bytes_moved(*args: Any, **kwargs: Any) -> int:
-    from vivace.kernels.solver_step.cost import bytes_moved
-
-    return bytes_moved(*args, **kwargs)
-
-
-def _flops(*args: Any, **kwargs: Any) -> int:
-    from vivace.kernels.solver_step.cost import flops
-
-    return flops(*args, **kwargs)
-
-
-SPEC = register(
-    OpSpec(
-        name="solver_step",
-        reference="vivace.kernels.solver_step.reference",
-        impls={
-            "cpu": "vivace.kernels.solver_step.cpu_impl",
-            "triton": "vivace.kernels.solver_step.triton_impl",
-        },
-        cases=_cases,
-        tolerance=0.0,
-        bytes_moved=_bytes_moved,
-        flops=_flops,
-    )
-)
+SPEC = define("solver_step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vivace import _C
 from vivace.kernels.philox_normal.cpu_impl import chosen_isa
@@ -40,24 +40,40 @@ def solver_step(
 
     Uses at most `torch.get_num_threads()` threads of the extension's own pool; the bits do not depend on them.
     """
-    import torch
-
     _C.solver_step(
-        pool=pool.data_ptr(),
-        slots=pool.shape[0],
-        capacity=pool.shape[1],
-        numel=math.prod(pool.shape[2:]),
-        outs=[(out.data_ptr(), out.stride(0), str(out.dtype)[6:]) for out in outs],
+        **packed(pool, outs, table, rows, index, tensors, seeds, pictures),
         net=0 if net is None else net.data_ptr(),
         net_dtype="float32" if net is None else str(net.dtype)[6:],
-        tensors=[tensor.data_ptr() for tensor in tensors],
-        ints=table.ints.data_ptr(),
-        floats=table.floats.data_ptr(),
-        table_rows=len(table),
-        rows=rows.tolist(),
-        index=index.tolist(),
-        seeds=None if seeds is None else seeds.tolist(),
-        pictures=None if pictures is None else pictures.tolist(),
-        threads=torch.get_num_threads(),
         adjust=0 if adjust is None else adjust.data_ptr(),
     )
+
+
+def packed(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    rows: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor],
+    seeds: Tensor | None,
+    pictures: Tensor | None,
+) -> dict[str, Any]:
+    """What every op over rows of a table hands to C++: addresses, sizes, the samples' rows and lanes."""
+    import torch
+
+    return {
+        "pool": pool.data_ptr(),
+        "slots": pool.shape[0],
+        "capacity": pool.shape[1],
+        "numel": math.prod(pool.shape[2:]),
+        "outs": [(out.data_ptr(), out.stride(0), str(out.dtype)[6:]) for out in outs],
+        "tensors": [tensor.data_ptr() for tensor in tensors],
+        "ints": table.ints.data_ptr(),
+        "floats": table.floats.data_ptr(),
+        "table_rows": len(table),
+        "rows": rows.tolist(),
+        "index": index.tolist(),
+        "seeds": None if seeds is None else seeds.tolist(),
+        "pictures": None if pictures is None else pictures.tolist(),
+        "threads": torch.get_num_threads(),
+    }
