@@ -152,6 +152,15 @@ def emoji_rows(quick: bool) -> Iterator[dict[str, Any]]:
             }
 
 
+def prepare() -> None:
+    """Compute and keep the converged latents that the model's rows are judged by."""
+    from vivace.metrics.reference import converged
+    from vivace.models.pipe import load
+
+    for guidance in GUIDANCE:
+        converged(load("emoji"), PROMPTS, guidance=guidance)
+
+
 def _model_plan(spec: Any, solver: str, options: Mapping[str, Any], guidance: float, evaluations: int) -> Plan:
     def plan_of(steps: int) -> Plan:
         return make_plan(spec.schedule, solver, steps, prediction=spec.prediction, **options)
