@@ -93,7 +93,7 @@ class Receipt:
     """What a request cost. Milliseconds are wall time (device time on CUDA); memory in bytes.
 
     peak_memory: of the process (resident) or of the device; pool: the request's share of slots and network input.
-    predicted_ms: from the forwards timed at compile time, None when the model was not timed.
+    predicted_ms: of the launches this request shared, from the forwards timed at compile time; None: not timed.
     """
 
     plan_hash: str
@@ -193,7 +193,7 @@ def make_receipt(
         rows=tuple(rows),
         phases={name: round(ms, 4) for name, ms in phases.items()},
         measured_ms=measured_ms,
-        predicted_ms=None if probe is None else sum(probe.predict_ms(row.branches, n) for row in evaluated),
+        predicted_ms=None if probe is None else sum(probe.predict_ms(row.branches, row.batch) for row in evaluated),
         peak_memory=peak_memory(pool.device),
         pool=n * pool.lane_bytes(),
         kernels=executor.kernels(pool),
