@@ -1,4 +1,4 @@
-"""Is a model good enough to judge solvers on? python -m vivace.bench.gate [MODEL]
+"""Is a model good enough to judge solvers on? `vivace bench gate`; `--op FOLDER` names another model.
 
 A degenerate model makes every solver look good: one that draws the same picture for every seed needs no solver, one
 whose trajectories are straight needs one evaluation. So two conditions, each at guidance 1 and at the card's:
@@ -12,10 +12,6 @@ Reported beside them: share of pictures that look most like their own class, Fre
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +20,7 @@ import numpy.typing as npt
 
 import vivace
 from vivace.bench import harness
-from vivace.errors import ArgumentError, VivaceError
+from vivace.errors import ArgumentError
 from vivace.metrics import Features, check_names, converged, frechet
 from vivace.metrics.reference import run as run_session
 from vivace.models.pipe import default_plan
@@ -146,24 +142,3 @@ def run(op: str | None = None, claim: str | None = None, quick: bool = False) ->
 def _spaced(classes: int, count: int) -> npt.NDArray[np.int64]:
     """`count` class ids, evenly spaced; all when there are fewer."""
     return np.unique(np.linspace(0, classes - 1, min(count, classes)).round().astype(np.int64))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; exit code 1 when the gate fails, 2 for a mistake of the caller."""
-    parser = argparse.ArgumentParser(
-        prog="vivace.bench.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default="emoji", help="bundled name or folder; default emoji")
-    parser.add_argument("--quick", action="store_true", help="few classes and prompts")
-    chosen = parser.parse_args(arguments)
-    try:
-        report = run(chosen.model, quick=chosen.quick)
-    except VivaceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=1))
-    return 0 if all(claim["holds"] for claim in report["claims"]) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

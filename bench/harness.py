@@ -30,7 +30,7 @@ LEAD = 0.003  # seconds of untimed calls before it: caches, frequency and sleepi
 COLUMNS = (
     "op", "backend", "case", "dtype", "ms", "gb_per_s", "percent_of_roofline", "over_eager", "over_compile",
     "on", "guidance", "solver", "evaluations", "nfe", "error", "psnr", "order", "measured",
-    "agree", "refused", "deviate",
+    "agree", "refused", "deviate", "model", "pictures", "spread", "difficulty", "top1", "frechet",
 )  # fmt: skip
 LIBRARIES = ("vivace", "torch", "diffusers", "triton", "numpy")
 

@@ -45,14 +45,13 @@ class Lowered:
     """A plan as kernel rows for one request.
 
     spans[i]: (first, last) kernel rows of plan row i, half-open; start: those that fill the first slots; slots: pool
-    slot by name; noisy: whether any row draws noise.
+    slot by name.
     """
 
     table: StepTable
     spans: tuple[tuple[int, int], ...]
     start: tuple[int, int]
     slots: Mapping[str, int]
-    noisy: bool
 
     def reduces(self, row: int) -> bool:
         """Kernel row `row` is a reduction row."""
@@ -110,7 +109,7 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
         spans.append((len(kernel_rows), len(kernel_rows) + len(made)))
         kernel_rows.extend(made)
     table = build_table(kernel_rows, "float64")
-    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots, table.facts.noise)
+    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots)
 
 
 # --- liveness --------------------------------------------------------------------------------------------------------

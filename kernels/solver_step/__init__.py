@@ -56,7 +56,7 @@ def solver_step(
         backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
     Returns: nothing; `pool` and `net` are written at the lanes of the samples.
     Raises: ShapeError, DtypeError, ArgumentError (rows, lanes, missing inputs), BackendError.
-    Source: the merged row of Zhao et al. 2023 (UniPC), section 3.7 of the solver notes; Ho and Salimans 2022, eq. 6.
+    Source: Zhao et al. 2023, algorithms 1 and 2 merged into one row; Ho and Salimans 2022, eq. 6.
     """
     from vivace.kernels.solver_step.check import prepare
 

@@ -16,7 +16,7 @@ from vivace.kernels.spec import Call, Case
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Golden row of the solver notes: VP, lam = (-2, -1, 0.2) -> 1.5, x0 form, UniPC-3 bh2 with the corrector merged in.
+# A golden row: VP, lam = (-2, -1, 0.2) -> 1.5, x0 form, UniPC-3 bh2 with the corrector merged in.
 LAM = 0.2
 ALPHA, SIGMA = math.sqrt(1.0 / (1.0 + math.exp(-2.0 * LAM))), math.sqrt(1.0 / (1.0 + math.exp(2.0 * LAM)))
 UNIPC3 = (0.34376876, 1.72571233, -1.65397096, 0.63826689)  # of x, m0 (newest), m1, m2

@@ -194,7 +194,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def bench(
     suite: Annotated[str, typer.Argument(help="kernels, solvers or gate.")],
-    op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
+    op: Annotated[str | None, typer.Option(help="Only this op; with gate, the model.")] = None,
     claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for report, table and plots.")] = None,
