@@ -87,6 +87,11 @@ def replan(recipe: Recipe, **changes: Any) -> Plan:
     merged = recipe.arguments.to_dict() | changes
     arguments = Args.of({name: value for name, value in merged.items() if value is not None})
     plan = _make(arguments, tail) if recipe.maker == "make_plan" else from_diffusers.remake(arguments, tail)
+    return apply_passes(plan, recipe)
+
+
+def apply_passes(plan: Plan, recipe: Recipe) -> Plan:
+    """The passes that `recipe` names, in order, on another plan. Raises: PlanError for an unknown pass, theirs."""
     for name, args in recipe.passes:
         if name not in passes.__all__:
             raise PlanError(f"recipe: unknown pass {name!r}; known: {', '.join(passes.__all__)}")

@@ -36,7 +36,7 @@ class EagerExecutor:
             why = "a run-time guard" if step.guard is not None else ""
             why = why or ("further network inputs" if step.net_inputs else "")
             if step.variant is not None:
-                why = why or _beyond(step.variant, full)
+                why = why or beyond(step.variant, full)
             if why:
                 raise UnsupportedError(f"step {i}: the eager executor does not run {why}; drop it from the plan")
 
@@ -86,11 +86,11 @@ class EagerExecutor:
         return outs
 
 
-def _beyond(variant: Variant, full: float) -> str:
-    """What of a variant needs more than plain forwards; empty when nothing does."""
+def beyond(variant: Variant, full: float, *, models: bool = False) -> str:
+    """What of a variant needs more than plain forwards; empty when nothing does. models: several networks are there."""
     if variant.keep != full:
         return "a row that recomputes only some tokens"
-    if variant.model != "main":
+    if variant.model != "main" and not models:
         return f"a second model ({variant.model!r})"
     for rule in variant.rules:
         if rule.action not in (None, Action.COMPUTE):

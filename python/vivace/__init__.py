@@ -47,6 +47,7 @@ _FROM = {
     ),
     "kernels.spec": ("backends",),
     "models.pipe": ("load",),
+    "models.pipelines.accelerate": ("accelerate", "receipt", "restore"),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 _MODULES = {"passes": "engine.passes", "metrics": "metrics", "engine": "engine", "kernels": "kernels"}

@@ -34,5 +34,8 @@ from vivace.errors import UnsupportedError as UnsupportedError
 from vivace.errors import VivaceError as VivaceError
 from vivace.kernels.spec import backends as backends
 from vivace.models.pipe import load as load
+from vivace.models.pipelines.accelerate import accelerate as accelerate
+from vivace.models.pipelines.accelerate import receipt as receipt
+from vivace.models.pipelines.accelerate import restore as restore
 
 __version__: str

@@ -1,0 +1,254 @@
+"""A pipeline's loop that follows a plan: its timesteps, its branches, its fused steps; the pipeline's draws and start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivace.engine.plan import Plan, Step
+from vivace.engine.planning import replan
+from vivace.engine.stepper import Stepper
+from vivace.errors import ArgumentError, StateError, UnsupportedError
+from vivace.models.pipelines.branches import batch_of, half, output_of, twice, with_output
+from vivace.models.pipelines.calls import CallStyle
+
+Network = Callable[..., Any]
+
+# Schedulers that draw in every step, in the last one for nothing.
+_DRAW_TO_THE_END = frozenset(
+    ("DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+)
+
+
+class Driven:
+    """The rows of one call. `silent`: guidance is the pipeline's, and so is the combined prediction.
+
+    style: of the pipeline's guidance, needed unless silent; guided: the call runs an unconditional branch; values:
+    numbers of the call by input name.
+    """
+
+    def __init__(
+        self, plan: Plan, steps: int, *, silent: bool, style: CallStyle | None, guided: bool, values: dict[str, float]
+    ) -> None:
+        if plan.steps[0].variant is None:
+            raise UnsupportedError("row 0 of the plan has no evaluation; a pipeline's loop starts with one")
+        self.plan, self.steps, self.silent, self.style = plan, steps, silent, style
+        self.guided, self.values = guided, values
+        self.order = max(1, round(plan.nfe / steps))
+        self.restarts = 0
+        self.changed = False  # a callback changed the latents
+        self._rows = tuple(step for step in plan.steps if step.variant is not None)
+        self._at: int | None = None  # evaluations of the full plan that lie behind
+        self._stepper: Stepper | None = None
+        self._outs: dict[str, Tensor] = {}
+        self._calls = 0
+        self._shown: Any = None
+        self._returned: Tensor | None = None
+        self._version = 0
+        self._unscaled: Tensor | None = None
+        self._trusted = silent  # how the pipeline treats predictions was checked
+        self._draw: Callable[[], Tensor] = torch.Tensor
+
+    # --- what the pipeline asks its scheduler -----------------------------------------------------------------------
+    def timesteps(self, like: Tensor) -> Tensor:
+        """One timestep an evaluation, integers where the scheduler has integers and the plan too."""
+        times = [step.timestep for step in self._rows]
+        whole = not like.is_floating_point() and all(time.is_integer() for time in times)
+        return torch.tensor(times, dtype=torch.int64 if whole else torch.float32, device=like.device)
+
+    def sigmas(self) -> Tensor:
+        """Noise levels of the evaluations and of the result."""
+        return torch.tensor([*(step.sigma for step in self._rows), 0.0], dtype=torch.float32)
+
+    @property
+    def start_scale(self) -> float:
+        """Scale of the start noise."""
+        terms = (term for op in self.plan.init for term in op.terms)
+        return next((float(coef) for slot, coef in terms if slot == "noise:0" and isinstance(coef, float)), 1.0)
+
+    def begin(self, evaluation: int) -> None:
+        """The run starts at this evaluation of the full plan."""
+        self._at = evaluation
+
+    def scaled(self, sample: Tensor, timestep: Any) -> Tensor:
+        """x_scale * sample: what the network reads in this row."""
+        self._unscaled = sample
+        scale = self._row(timestep).x_scale
+        return sample if scale == 1.0 else sample * scale
+
+    def noised(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+        """alpha * sample + sigma * noise at the level of the row of that timestep."""
+        step = self._rows[self._find(timesteps)]
+        return step.alpha * sample + step.sigma * noise
+
+    # --- what the pipeline asks its network -------------------------------------------------------------------------
+    def evaluate(self, name: str, networks: Mapping[str, Network], args: Any, kwargs: Any) -> tuple[Any, int]:
+        """(what the pipeline is handed, branches evaluated) of one network call."""
+        step = self._row()
+        self._calls += 1
+        if self.silent or step.variant is None:
+            batched = self.guided and self.style is not None and not self.style.separate
+            return networks[name](*args, **kwargs), 1 + batched
+        network = networks[self._model(name, step.variant.model, networks)]
+        assert self.style is not None
+        if not self.guided:
+            result = network(*args, **kwargs)
+            self._outs = {"cond": output_of(result)}
+            return result, 1
+        if self.style.separate:
+            return self._separate(step, network, args, kwargs)
+        if self._calls > 1:  # a further call of the pipeline's own guidance, which the plan replaces
+            return self._shown, 0
+        return self._batched(step, network, args, kwargs)
+
+    def _model(self, asked: str, planned: str, networks: Mapping[str, Network]) -> str:
+        """The network of a row: the plan's where it names several, else the one the pipeline calls."""
+        if len({variant.model for variant in self.plan.variants}) == 1:
+            return asked
+        name = next(iter(networks)) if planned == "main" else planned
+        if name not in networks:
+            raise UnsupportedError(f"the plan's row evaluates model {planned!r}; the pipeline has {sorted(networks)}")
+        return name
+
+    def _separate(self, step: Step, network: Network, args: Any, kwargs: Any) -> tuple[Any, int]:
+        if self._calls == 1:
+            self._shown = network(*args, **kwargs)
+            self._outs = {"cond": output_of(self._shown)}
+            return self._shown, 1
+        if self._calls == 2 and "uncond" in step.branches:
+            self._outs["uncond"] = output_of(network(*args, **kwargs))
+            return self._shown, 1
+        return self._shown, 0
+
+    def _batched(self, step: Step, network: Network, args: Any, kwargs: Any) -> tuple[Any, int]:
+        assert self.style is not None
+        batch, cond = batch_of(args, kwargs), self.style.order.index("cond")
+        if batch % 2:
+            raise UnsupportedError(
+                f"a guided call of {batch} rows; need cond and uncond in one batch of twice the size"
+            )
+        if "uncond" in step.branches:
+            result = network(*args, **kwargs)
+            both = output_of(result).chunk(2)
+            self._outs = {"cond": both[cond], "uncond": both[1 - cond]}
+        else:
+            result = network(*half(args, batch, cond), **half(kwargs, batch, cond))
+            self._outs = {"cond": output_of(result)}
+        self._shown = with_output(result, twice(self._outs["cond"]))
+        return self._shown, len(self._outs)
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+    def advance(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> Tensor:
+        """The row's update; returns the latents for the pipeline, [n, ...] (or held twice, as the pipeline does)."""
+        doubled = self.guided and not self.silent and self.style is not None and self.style.doubled
+        row = self._row(timestep)
+        x = sample
+        if doubled:
+            x = (sample if self._unscaled is None else self._unscaled).chunk(2)[0]
+        self._set_draw(model_output, sample, generator, x.shape[0])
+        self._state(x, doubled)
+        assert self._stepper is not None and self._at is not None
+        outs = (model_output,) if self.silent else self._predictions(row, model_output, x)
+        result = self._stepper.advance(outs)
+        self._at += 1
+        if self._stepper.done:
+            self._spend()
+        self._outs, self._calls = {}, 0
+        if doubled:
+            return twice(result)
+        self._returned, self._version = result, result._version
+        return result
+
+    def _state(self, x: Tensor, doubled: bool) -> None:
+        """The stepper stands where the pipeline stands."""
+        assert self._at is not None
+        if self._stepper is None:
+            self._stepper = self._stepper_from(self._at, x)
+            return
+        same = doubled or x is self._returned
+        if self.changed or (same and not doubled and x._version != self._version):
+            if self._at % self.order == 0:
+                self._stepper = self._stepper_from(self._at, x)
+                self.restarts += 1
+            else:
+                self._stepper.put(x)
+            self.changed = False
+        elif not same:
+            self._stepper.put(x)
+
+    def _stepper_from(self, evaluation: int, x: Tensor) -> Stepper:
+        """A run of the plan's tail from here: multistep history starts anew."""
+        plan = self.plan
+        if evaluation:
+            if plan.recipe is None:
+                raise StateError(
+                    f"row {evaluation}: the run must restart here, and the plan has no recipe to plan its tail; use a "
+                    "plan of make_plan or Plan.from_diffusers"
+                )
+            left = self.steps - evaluation // self.order
+            plan = replan(plan.recipe, tail=min(1.0, (left + 0.5) / self.steps))
+        stepper = Stepper(plan, x, self.values, lambda: self._draw())
+        stepper.start(x)
+        return stepper
+
+    def _predictions(self, row: Step, model_output: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The row's branches as its ops read them: what the pipeline does to a prediction done to each branch."""
+        assert self.style is not None
+        if "cond" not in self._outs or len(self._outs) < len(row.branches):
+            raise StateError(f"step: the network ran {sorted(self._outs) or 'nothing'}; the row needs {row.branches}")
+        channels = x.shape[1]
+        outs = [self._outs[branch][:, :channels] for branch in row.branches]  # without learned variances
+        outs = [out if self.style.sign == 1.0 else out * self.style.sign for out in outs]
+        if not self._trusted:
+            handed = model_output[: x.shape[0], :channels]
+            mine = outs[0].to(handed.dtype)
+            if mine.shape != handed.shape or not torch.allclose(
+                handed, mine, rtol=1e-2, atol=1e-3 * float(mine.abs().max())
+            ):
+                raise UnsupportedError(
+                    "the pipeline changes predictions between network and scheduler in a way that is not known; use a "
+                    "plan without guidance (the pipeline's own then applies)"
+                )
+            self._trusted = True
+        return tuple(outs)
+
+    def _set_draw(self, output: Tensor, sample: Tensor, generator: Any, n: int) -> None:
+        """Draws as the pipeline's scheduler makes them: its generator, shape, device and dtype."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        def draw() -> Tensor:
+            drawn = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=output.dtype)
+            made: Tensor = drawn[:n]
+            return made
+
+        self._draw = draw
+
+    def _spend(self) -> None:
+        """The draw that the scheduler of the plan makes in its last step without using it."""
+        recipe = self.plan.recipe
+        if recipe is None or recipe.maker != "from_diffusers" or self._stepper is None:
+            return
+        name = recipe.arguments.to_dict()["scheduler"]["_class_name"]
+        if name in _DRAW_TO_THE_END and self._stepper.draws and not self._stepper.drew_last:
+            self._draw()
+
+    # --- where the run stands ---------------------------------------------------------------------------------------
+    def _row(self, timestep: Any = None) -> Step:
+        if self._at is None:
+            self._at = 0 if timestep is None else self._find(timestep)
+        if self._at >= len(self._rows):
+            raise StateError(f"the plan has {len(self._rows)} evaluations; the pipeline asks for one more")
+        if self._stepper is not None and not self._stepper.done:
+            return self._stepper.step
+        return self._rows[self._at]
+
+    def _find(self, timestep: Any) -> int:
+        """First evaluation at a timestep. It is read from the device, before the loop."""
+        wanted = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        for i, step in enumerate(self._rows):
+            if abs(step.timestep - wanted) <= 1e-4 * max(1.0, abs(wanted)):
+                return i
+        raise ArgumentError(f"timestep {wanted:g} is not one of the plan's: {[step.timestep for step in self._rows]}")

@@ -1,0 +1,48 @@
+"""The scheduler of one call: a copy of the pipeline's, of a class that asks the run what to do."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache, wraps
+from typing import Any
+
+_METHODS = ("set_timesteps", "scale_model_input", "step", "add_noise", "scale_noise", "set_begin_index")
+_RUN = "_vivace_run"
+
+
+def scheduler_of(scheduler: Any, run: Any) -> Any:
+    """A copy of `scheduler` that hands its calls to `run` as `run.<method>(original method, *args, **kwargs)`.
+
+    It keeps class name, signatures, configuration and tables, which pipelines read; `run.init_noise_sigma(own)` is
+    asked for the scale of the start noise.
+    """
+    made = copy.deepcopy(scheduler)
+    made.__class__ = _driven(type(scheduler))
+    made.__dict__[_RUN] = run
+    return made
+
+
+@cache
+def _driven(cls: type) -> type:
+    """The subclass of a scheduler class that asks its run."""
+
+    def method(name: str) -> Any:
+        original = getattr(cls, name)
+
+        @wraps(original)
+        def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.__dict__[_RUN], name)(original.__get__(self), *args, **kwargs)
+
+        return asked
+
+    def scale(self: Any) -> Any:
+        kept = self.__dict__
+        own = kept["init_noise_sigma"] if "init_noise_sigma" in kept else cls.__dict__["init_noise_sigma"].fget(self)
+        return kept[_RUN].init_noise_sigma(own)
+
+    def keep(self: Any, value: Any) -> None:
+        self.__dict__["init_noise_sigma"] = value
+
+    body: dict[str, Any] = {name: method(name) for name in _METHODS if hasattr(cls, name)}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), body | {"init_noise_sigma": property(scale, keep)})
