@@ -128,6 +128,11 @@ def _ddim(pick: Chooser) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**config, "set_alpha_to_one": pick.maybe(0.5)}, {}
 
 
+def _cogvideox(pick: Chooser) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = {**_betas(pick), **_prediction(pick), **_spacing(pick), **_rescaled(pick)}
+    return {**config, "set_alpha_to_one": pick.maybe(0.5), "snr_shift_scale": pick.of(3.0, 1.0, 2.3)}, {}
+
+
 def _ddpm(pick: Chooser) -> tuple[dict[str, Any], dict[str, Any]]:
     config = {**_betas(pick, "sigmoid"), **_prediction(pick), **_spacing(pick), **_clip(pick), **_rescaled(pick)}
     config["variance_type"] = pick.of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
@@ -305,6 +310,7 @@ def _flow_heun(pick: Chooser) -> tuple[dict[str, Any], dict[str, Any]]:
 CLASSES: Mapping[str, Callable[[Chooser], tuple[dict[str, Any], dict[str, Any]]]] = {
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
+    "CogVideoXDDIMScheduler": _cogvideox,
     "DDPMScheduler": _ddpm,
     "DDPMParallelScheduler": _ddpm,
     "PNDMScheduler": _pndm,

@@ -13,6 +13,7 @@ from vivace.errors import ArgumentError
 MAKERS: Mapping[str, Callable[[Request], Made]] = {
     "DDIMScheduler": discrete.ddim,
     "DDIMParallelScheduler": discrete.ddim,
+    "CogVideoXDDIMScheduler": discrete.ddim,
     "DDPMScheduler": discrete.ddpm,
     "DDPMParallelScheduler": discrete.ddpm,
     "PNDMScheduler": discrete.pndm,

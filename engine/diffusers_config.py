@@ -80,6 +80,16 @@ _FLOW_MATCH = {
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "DDIMScheduler": _DDIM,
     "DDIMParallelScheduler": _DDIM,
+    "CogVideoXDDIMScheduler": {
+        **_LATENT,
+        "beta_schedule": "scaled_linear",
+        **_CLIP,  # stored, never applied
+        "sample_max_value": 1.0,
+        **_LEADING,
+        **_RESCALED,
+        "set_alpha_to_one": True,
+        "snr_shift_scale": 3.0,
+    },
     "DDPMScheduler": _DDPM,
     "DDPMParallelScheduler": _DDPM,
     "EulerDiscreteScheduler": {

@@ -44,14 +44,15 @@ def _levels(squares: Any) -> list[Level]:
 
 
 def ddim(request: Request) -> Made:
-    """DDIM: steps from t to t - T // N, whatever the next timestep is; eta = 0."""
+    """DDIM: steps from t to t - T // N, whatever the next timestep is; eta = 0. CogVideoX's never clips."""
     table = request.table.astype(np.float64)
     index = _timesteps(request, request.steps)
     after = index - request.train_steps // request.steps
     final = 1.0 if request["set_alpha_to_one"] else table[0]
     ends = np.where(after >= 0, table[np.maximum(after, 0)], final)
     grid = grids.squared_grid(index, np.append(table[index], ends[-1]))
-    targets, prediction, transform = _levels(ends), prediction_of(request), transform_of(request)
+    targets, prediction = _levels(ends), prediction_of(request)
+    transform = None if request.name == "CogVideoXDDIMScheduler" else transform_of(request)
     return Made(
         grid, prediction, lambda first: ddim_rows(grid.tail(first), prediction, targets[first:], transform=transform)
     )

@@ -22,6 +22,7 @@ from vivace.errors import ArgumentError
 BY_TIMESTEP = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
+    "CogVideoXDDIMScheduler",
     "DDPMScheduler",
     "DDPMParallelScheduler",
     "PNDMScheduler",

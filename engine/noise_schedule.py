@@ -268,7 +268,8 @@ def alphas_cumprod_of(fields: Mapping[str, Any], name: str = "") -> FloatArray:
     """alpha^2 of every training timestep from the beta fields of a config, float64 [T].
 
     linear: betas evenly spaced; scaled_linear: their square roots; squaredcos_cap_v2: Nichol and Dhariwal 2021, eq. 17,
-    betas capped at 0.999; rescale_betas_zero_snr: Lin et al. 2023, algorithm 1. `name`: class, for its last value.
+    betas capped at 0.999; snr_shift_scale s: SNR / s, as CogVideoX (Yang et al. 2024); rescale_betas_zero_snr: Lin et
+    al. 2023, algorithm 1. `name`: class, for its last value.
     """
     count = int(fields.get("num_train_timesteps") or 1000)
     start, end = float(fields.get("beta_start", 0.0001)), float(fields.get("beta_end", 0.02))
@@ -286,6 +287,8 @@ def alphas_cumprod_of(fields: Mapping[str, Any], name: str = "") -> FloatArray:
         raise UnsupportedError(f"beta_schedule={kind!r}: known are {', '.join(BETA_SCHEDULES)}, or give trained_betas")
     _require_range(betas, "betas")
     table: FloatArray = np.cumprod(1.0 - betas, dtype=np.float64)
+    shift = _number(fields.get("snr_shift_scale", 1.0), "snr_shift_scale")
+    table = table / (shift + (1.0 - shift) * table)
     if fields.get("rescale_betas_zero_snr"):
         root = np.sqrt(table)
         table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2

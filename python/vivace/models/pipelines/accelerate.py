@@ -29,8 +29,8 @@ def accelerate(pipeline: Any, plan: Plan | None = None, *, kernels: bool | None 
 
     The pipeline keeps its own call, arguments, callbacks, interrupt, generators, output types, LoRA loading, `to()` and
     offload hooks. The call decides `num_inference_steps` (planned anew from the recipe), `strength` (the plan's tail)
-    and the guidance scale (the plan's input). A plan that says nothing about guidance leaves guidance to the pipeline; a
-    plan that is exactly what the pipeline's scheduler does runs on that scheduler, to the bit. Calls from several
+    and the guidance scale (the plan's input). A plan that says nothing about guidance leaves guidance to the pipeline;
+    a plan that is exactly what the pipeline's scheduler does runs on that scheduler, to the bit. Calls from several
     threads run one after the other.
 
     Args:
@@ -130,7 +130,7 @@ class Acceleration:
     def _arguments(
         self, pipeline: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Arguments, dict[str, Any]]:
-        """The call's arguments, and the same for the pipeline with the plan's own steps and scale where it said none."""
+        """The call's arguments, and those the pipeline gets: the plan's steps and scale where the caller said none."""
         bound = inspect.signature(call).bind(pipeline, *args, **kwargs)
         explicit = {name: value for name, value in bound.arguments.items() if name not in ("self", "kwargs")}
         explicit |= bound.arguments.get("kwargs", {})

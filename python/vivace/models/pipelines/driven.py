@@ -1,4 +1,4 @@
-"""A pipeline's loop that follows a plan: its timesteps, its branches, its fused steps; the pipeline's draws and start."""
+"""A pipeline's loop that follows a plan: timesteps, branches and fused steps from it, draws and start as they were."""
 
 from __future__ import annotations
 

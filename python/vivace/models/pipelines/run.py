@@ -42,7 +42,7 @@ class Run:
         self.rows: list[tuple[int, float, float]] = []  # branches evaluated, ms of the network, ms of the step
         self._branches, self._network_ms = 0, 0.0
 
-    # --- the scheduler's methods; `own` is the original one ------------------------------------------------------------
+    # --- the scheduler's methods; `own` is the original one -----------------------------------------------------------
     def set_timesteps(self, own: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """The plan's rows as timesteps of the run."""
         bound = inspect.signature(own).bind(*args, **kwargs).arguments
