@@ -96,8 +96,8 @@ def _bind_variant(where: str, variant: Variant, spec: ModelSpec, tokens: int) ->
 def _absolute(where: str, rule: Rule, blocks: int) -> tuple[int, int]:
     first, last = rule.blocks
     if first < 0:
-        first, last = first + blocks, last or blocks
-    if last < 0:
+        first += blocks
+    if last <= 0:
         last += blocks
     if not 0 <= first < last <= blocks:
         raise PlanError(f"{where}: rule on blocks {rule.blocks} is empty or outside a model of {blocks} blocks")

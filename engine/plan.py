@@ -86,7 +86,7 @@ class Action(IntEnum):
 class Rule:
     """One statement about a range of blocks; None = not said here. Rules merge field by field, a site over its block.
 
-    blocks: half-open; while unbound negative numbers count from the end and (-n, 0) is the last n.
+    blocks: half-open; while unbound negative numbers count from the end and a last of 0 is the end: (0, 0) is all.
     site: "block" | "attn" | "cross_attn" | "mlp" | "residual" | "kv" | "merge"; branches None = all.
     order: of the forecast; on COMPUTE: how many earlier values are kept. store: dtype in which the result is kept.
     precision: "fp32" | "bf16" | "int8" | "fp8"; share: of tokens merged (site "merge").

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from vivace.engine import from_diffusers, passes
+from vivace.engine import from_diffusers
 from vivace.engine.from_diffusers import first_row
+from vivace.engine.interchange.replay import replay
 from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.plan import PREDICTIONS, Args, Plan, Recipe
 from vivace.engine.solvers import solver_options, solver_rows
@@ -62,7 +64,7 @@ def tail_plan(plan: Plan, strength: float) -> Plan:
     """The last int(steps * strength) rows, planned anew from the recipe so that multistep warm-up restarts.
 
     The first state is alpha * `input:start` + sigma * noise at the level of the first row kept. Passes are applied
-    again; the result is unbound.
+    again, to the rows they were applied to before; the result is unbound.
     Raises: PlanError for a plan without recipe or one that is a tail already; ArgumentError for strength.
     """
     if plan.recipe is None:
@@ -86,17 +88,37 @@ def replan(recipe: Recipe, **changes: Any) -> Plan:
     tail = changes.pop("tail", recipe.tail)
     merged = recipe.arguments.to_dict() | changes
     arguments = Args.of({name: value for name, value in merged.items() if value is not None})
-    plan = _make(arguments, tail) if recipe.maker == "make_plan" else from_diffusers.remake(arguments, tail)
-    return apply_passes(plan, recipe)
+    make = _make if recipe.maker == "make_plan" else from_diffusers.remake
+    plan = make(arguments, tail)
+    if tail is None or not any(_cut(args) for _, args in recipe.passes):
+        return apply_passes(plan, recipe)
+    full = make(arguments, None).nfe
+    kept = [(name, within) for name, args in recipe.passes if (within := _within(args, full, plan.nfe)) is not None]
+    plan = replay(plan, kept)
+    assert plan.recipe is not None
+    return replace(plan, recipe=replace(plan.recipe, passes=recipe.passes))  # they name rows of the full plan
+
+
+def _cut(args: Args) -> bool:
+    """A pass that does something to some rows only."""
+    return args.to_dict().get("interval", (0.0, 1.0)) != (0.0, 1.0)
+
+
+def _within(args: Args, full: int, rows: int) -> Args | None:
+    """A pass's arguments for the last `rows` of `full` evaluations: the same rows as before; None when none is left."""
+    values = args.to_dict()
+    if not _cut(args):
+        return args
+    first, last = (max(0, int(share * full) - (full - rows)) for share in values["interval"])
+    if first >= last:
+        return None
+    values["interval"] = (min(1.0, (first + 0.5) / rows) if first else 0.0, min(1.0, (last + 0.5) / rows))
+    return Args.of(values)
 
 
 def apply_passes(plan: Plan, recipe: Recipe) -> Plan:
     """The passes that `recipe` names, in order, on another plan. Raises: PlanError for an unknown pass, theirs."""
-    for name, args in recipe.passes:
-        if name not in passes.__all__:
-            raise PlanError(f"recipe: unknown pass {name!r}; known: {', '.join(passes.__all__)}")
-        plan = getattr(passes, name)(plan, **args.to_dict())
-    return plan
+    return replay(plan, recipe.passes)
 
 
 def _make(arguments: Args, tail: float | None = None) -> Plan:

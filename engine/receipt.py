@@ -94,6 +94,7 @@ class Receipt:
 
     peak_memory: of the process (resident) or of the device; pool: the request's share of slots and network input.
     predicted_ms: of the launches this request shared, from the forwards timed at compile time; None: not timed.
+    details: what else took part, such as prompt cache, decoder and pieces that kept their own kernels; plain data.
     """
 
     plan_hash: str
@@ -116,6 +117,7 @@ class Receipt:
     one_by_one: str | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     events: tuple[Event, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +143,7 @@ class Receipt:
         lines += [f"kernel    {use.op}: {use.backend} ({use.reason})" for use in self.kernels]
         if self.one_by_one:
             lines.append(f"batching  one sample at a time: {self.one_by_one}")
+        lines += [f"{name:<9} {value}" for name, value in self.details.items()]
         return "\n".join(lines + [f"warning   {text}" for text in self.warnings])
 
 

@@ -59,6 +59,11 @@ class Stepper:
         return self.row >= len(self.plan.steps)
 
     @property
+    def pool_bytes(self) -> int:
+        """Bytes of the slots."""
+        return self._n * self._pool.lane_bytes()
+
+    @property
     def draws(self) -> bool:
         """Some row reads noise."""
         return any(self._draws)

@@ -48,6 +48,8 @@ _FROM = {
     "kernels.spec": ("backends",),
     "models.pipe": ("load",),
     "models.pipelines.accelerate": ("accelerate", "receipt", "restore"),
+    "models.pipelines.decode": ("DecodeOptions",),
+    "models.pipelines.families": ("register_family",),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 _MODULES = {"passes": "engine.passes", "metrics": "metrics", "engine": "engine", "kernels": "kernels"}

@@ -37,5 +37,7 @@ from vivace.models.pipe import load as load
 from vivace.models.pipelines.accelerate import accelerate as accelerate
 from vivace.models.pipelines.accelerate import receipt as receipt
 from vivace.models.pipelines.accelerate import restore as restore
+from vivace.models.pipelines.decode import DecodeOptions as DecodeOptions
+from vivace.models.pipelines.families import register_family as register_family
 
 __version__: str

@@ -119,3 +119,11 @@ def test_plans_are_written_and_read_unchanged(tmp_path):
     for plan in (make_plan(VP), make_plan(EDM, "ddim", 3, eta=1.0), make_plan(FLOW, prediction="v").tail(0.4)):
         plan.save(tmp_path / "plan.json")
         assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_a_tail_keeps_each_rows_guidance():
+    plan = apply_guidance(make_plan(VP, "dpmpp_2m", 8), 5.0, interval=(0.25, 0.75))
+    for strength in (1.0, 0.75, 0.5, 0.25):
+        tail = plan.tail(strength)
+        assert [step.branches for step in tail.steps] == [step.branches for step in plan.steps[-len(tail.steps) :]]
+        assert tail.recipe.passes == plan.recipe.passes

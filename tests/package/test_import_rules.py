@@ -27,10 +27,27 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("engine.passes", (*PLAN, "engine.passes"), {"numpy"}),
     *((name, (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}) for name in FROM_DIFFUSERS),
     ("engine.from_diffusers", (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}),
-    ("engine.planning", (*PLAN, *MAKING, "engine.passes", "engine.from_diffusers"), {"numpy"}),
+    (
+        "engine.interchange",
+        (
+            *(*PLAN, *MAKING, *FROM_DIFFUSERS, "engine.plan_codec"),
+            *("engine.passes", "engine.from_diffusers", "engine.interchange"),
+        ),
+        {"numpy"},
+    ),
+    (
+        "engine.planning",
+        (*PLAN, *MAKING, "engine.passes", "engine.from_diffusers", "engine.interchange"),
+        {"numpy"},
+    ),
     ("engine", ("engine", "kernels"), {"numpy", "torch", "safetensors"}),
     ("kernels", ("kernels", "_C", "engine.noise"), {"numpy", "torch", "triton"}),
     ("metrics", ("metrics", "engine", "kernels"), {"numpy", "torch", "safetensors", "PIL"}),
+    (
+        "models.pipelines",
+        ("models", "engine", "kernels", "metrics"),
+        {"numpy", "torch", "safetensors", "PIL", "diffusers", "huggingface_hub", "accelerate"},
+    ),
     ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz"}),
     ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
     ("bench", ("",), {"numpy", "torch", "diffusers", "matplotlib"}),
@@ -96,6 +113,8 @@ def test_module_imports_only_what_its_layer_may(module):
             assert delegated or under(target, (*own, *FREE)), f"{module} may not import {name}"
         else:
             assert top in STDLIB or top in packages, f"{module} may not import {name}"
+            if top in ("diffusers", "huggingface_hub", "accelerate") and module.startswith("models"):
+                assert inner, f"{module} imports {name} at its top; import it where it is used"
             if top == "triton":
                 assert module.endswith("triton_impl"), f"{module} imports triton; only triton_impl.py may"
 

@@ -12,19 +12,30 @@ from typing import Any
 
 import torch
 
-from vivace import __version__
 from vivace.engine.plan import Plan
-from vivace.engine.receipt import KernelUse, Receipt, RowRecord, peak_memory
+from vivace.engine.receipt import Receipt
 from vivace.errors import ArgumentError, StateError, UnsupportedError
 from vivace.models.pipelines.calls import call_style, require_style
+from vivace.models.pipelines.decode import DecodeOptions, decoder_view
+from vivace.models.pipelines.fused import Fused
 from vivace.models.pipelines.planned import Arguments, Planner
+from vivace.models.pipelines.prompts import PromptCache, cached_encode_prompt
 from vivace.models.pipelines.run import Run
+from vivace.models.pipelines.told import receipt_of
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior")
 _KEY = "_vivace_acceleration"
 
 
-def accelerate(pipeline: Any, plan: Plan | None = None, *, kernels: bool | None = None) -> Any:
+def accelerate(
+    pipeline: Any,
+    plan: Plan | None = None,
+    *,
+    arithmetic: str = "auto",
+    kernels: bool | None = None,
+    prompt_bytes: int = 256 * 2**20,
+    decode: DecodeOptions | None = None,
+) -> Any:
     """Make `pipeline(...)` run `plan`, in place; `restore` undoes it.
 
     The pipeline keeps its own call, arguments, callbacks, interrupt, generators, output types, LoRA loading, `to()` and
@@ -37,8 +48,12 @@ def accelerate(pipeline: Any, plan: Plan | None = None, *, kernels: bool | None 
         pipeline: a `diffusers` pipeline object; changed by no more than its class and one entry of its `__dict__`.
         plan: unbound or bound; without cache rules, dropped tokens, per-row precision and guards. None: what the
             pipeline's own scheduler does, at every call anew.
+        arithmetic: of the steps. "auto": the pipeline's scheduler where the plan is exactly what it does, else the
+            fused step; "plan": the fused step always.
         kernels: own kernels inside the network's blocks; None: except where the pipeline's own scheduler does the
             arithmetic, so that such a picture keeps its bits.
+        prompt_bytes: bound of the prompt embeddings kept across calls, by content; 0 keeps none.
+        decode: how the VAE decodes; None: as it is.
     Returns: the pipeline.
     Raises: ArgumentError for what is no pipeline; StateError when it is accelerated already; UnsupportedError naming
         the first row that a pipeline's loop cannot run.
@@ -52,12 +67,16 @@ def accelerate(pipeline: Any, plan: Plan | None = None, *, kernels: bool | None 
         )
     if _KEY in pipeline.__dict__:
         raise StateError("accelerate: the pipeline is accelerated already; call vivace.restore(pipeline) first")
-    planner = Planner(plan)
+    if arithmetic not in ("auto", "plan"):
+        raise ArgumentError(f"accelerate: arithmetic={arithmetic!r}; use 'auto' or 'plan'")
+    planner = Planner(plan, arithmetic == "auto")
     if plan is not None:
         _check(plan)
     if not planner.silent:
         require_style(pipeline)
-    pipeline.__dict__[_KEY] = Acceleration(planner, kernels)
+    if decode is not None:
+        decoder_view(pipeline.vae, decode)  # refuses what this VAE cannot do
+    pipeline.__dict__[_KEY] = Acceleration(planner, kernels, PromptCache(prompt_bytes), decode or DecodeOptions())
     pipeline.__class__ = _accelerated(type(pipeline))
     return pipeline
 
@@ -90,20 +109,25 @@ def receipt(pipeline: Any) -> Receipt:
 
 @dataclass(slots=True)
 class Acceleration:
-    """What an accelerated pipeline carries: its planner, its lock, its receipts."""
+    """What an accelerated pipeline carries: how to plan, to fuse, to cache and to decode; its lock and receipts."""
 
     planner: Planner
     kernels: bool | None
+    prompts: PromptCache
+    decode: DecodeOptions
+    fused: dict[str, Fused] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
     active: bool = False
     last: Receipt | None = None
     receipts: dict[int, Receipt] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
-        return Acceleration(Planner(self.planner.plan), self.kernels)
+        planner = Planner(self.planner.plan, self.planner.own)
+        decode = DecodeOptions(self.decode.precision, self.decode.tiled)
+        return Acceleration(planner, self.kernels, PromptCache(self.prompts.limit_bytes), decode)
 
     def run(self, pipeline: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`call(pipeline, ...)` with the scheduler and the networks of one run in place."""
+        """`call(pipeline, ...)` with the stand-ins of one run in place."""
         style = call_style(pipeline)
         arguments, kwargs = self._arguments(pipeline, call, args, kwargs)
         self.planner.check(arguments, style)
@@ -112,20 +136,46 @@ class Acceleration:
                 raise StateError("the pipeline is called from inside its own call; use a second pipeline object")
             began = time.perf_counter()
             modules = {n: m for n in DENOISERS if isinstance(m := getattr(pipeline, n, None), torch.nn.Module)}
-            run = Run(pipeline, self.planner, arguments, style, dict(modules))
+            reports: dict[str, Any] = {}
+
+            def fused() -> dict[str, Callable[..., Any]]:
+                return {name: self._fuse(name, module, reports) for name, module in modules.items()}
+
+            run = Run(pipeline, self.planner, arguments, style, dict(modules), self.kernels, fused)
             swapped = {"scheduler": run.scheduler, **{n: run.network(n, m) for n, m in modules.items()}}
+            swapped |= self._around(pipeline, arguments, reports)
             if callable(kwargs.get("callback_on_step_end")):
                 kwargs["callback_on_step_end"] = run.callback(kwargs["callback_on_step_end"])
-            before = {name: pipeline.__dict__[name] for name in swapped}
+            state = pipeline.__dict__
+            before = {name: state.get(name) for name in swapped}
             self.active = True
             try:
-                pipeline.__dict__.update(swapped)
+                state.update(swapped)
                 result = call(pipeline, **kwargs)
             finally:
                 self.active = False
-                pipeline.__dict__.update({n: old for n, old in before.items() if pipeline.__dict__[n] is swapped[n]})
-            self._keep(_receipt(run, pipeline, (time.perf_counter() - began) * 1e3))
+                for name, old in before.items():
+                    if state.get(name) is swapped[name]:
+                        state.pop(name) if old is None else state.update({name: old})
+            self._keep(receipt_of(run, pipeline, reports, (time.perf_counter() - began) * 1e3))
             return result
+
+    def _fuse(self, name: str, module: Any, reports: dict[str, Any]) -> Any:
+        """The stand-in of a network with own kernels inside."""
+        if name not in self.fused or self.fused[name].module is not module:
+            self.fused[name] = Fused(module)
+        stand_in, reports.setdefault("fused", {})[name] = self.fused[name].current()
+        return stand_in
+
+    def _around(self, pipeline: Any, call: Arguments, reports: dict[str, Any]) -> dict[str, Any]:
+        """Stand-ins of what surrounds the loop: text encoding and decoding."""
+        swapped: dict[str, Any] = {}
+        if hasattr(pipeline, "encode_prompt") and call.values.get("prompt") is not None and self.prompts.limit_bytes:
+            outcomes = reports["prompts"] = []
+            swapped["encode_prompt"] = cached_encode_prompt(pipeline, self.prompts, outcomes.append)
+        if getattr(pipeline, "vae", None) is not None:
+            swapped["vae"], reports["decode"] = decoder_view(pipeline.vae, self.decode)
+        return swapped
 
     def _arguments(
         self, pipeline: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,40 +232,3 @@ def _accelerated(cls: type) -> type:
 
     body = {"__call__": called, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), body)
-
-
-def _receipt(run: Run, pipeline: Any, ms: float) -> Receipt:
-    """The receipt of a finished run."""
-    effective = run.effective
-    if effective is None:
-        raise StateError(f"{type(pipeline).__name__} never asked its scheduler for timesteps; it cannot be accelerated")
-    plan = effective.plan
-    network = next(iter(run.networks.values()))
-    kind = type(run.own_scheduler).__name__
-    step = KernelUse("solver_step", "diffusers", f"{kind}: {effective.reason}")
-    if run.driven is not None:
-        step = KernelUse("solver_step", "plan", effective.reason)
-    both = effective.silent and run.guided
-    branches = [2 if both else len(step.branches) for step in plan.steps if step.variant is not None]
-    evaluated = [row for row in run.rows if row[0]]
-    return Receipt(
-        plan_hash=plan.hash,
-        executor="pipeline",
-        device=str(pipeline._execution_device),
-        dtype=str(getattr(network, "dtype", "")).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        n=1,
-        nfe_planned=plan.nfe - run.begin,
-        nfe=len(evaluated),
-        branch_evals_planned=sum(branches[run.begin :]),
-        branch_evals=sum(row[0] for row in run.rows),
-        rows=tuple(RowRecord(i, ("cond", "uncond")[:b], 1, n, s) for i, (b, n, s) in enumerate(run.rows)),
-        phases={"network": sum(row[1] for row in run.rows), "solver_step": sum(row[2] for row in run.rows)},
-        measured_ms=ms,
-        predicted_ms=None,
-        peak_memory=peak_memory(torch.device(pipeline._execution_device)),
-        pool=0,
-        kernels=(step, KernelUse("network", "torch", "the pipeline's own module")),
-        warnings=effective.warnings,
-        versions={"vivace": __version__, "torch": torch.__version__},
-    )

@@ -41,7 +41,8 @@ class Driven:
         self.restarts = 0
         self.changed = False  # a callback changed the latents
         self._rows = tuple(step for step in plan.steps if step.variant is not None)
-        self._at: int | None = None  # evaluations of the full plan that lie behind
+        self._at = 0  # evaluations of the full plan that lie behind
+        self._current: tuple[Plan, int] | None = None  # the plan under way and the evaluation it starts at
         self._stepper: Stepper | None = None
         self._outs: dict[str, Tensor] = {}
         self._calls = 0
@@ -69,9 +70,15 @@ class Driven:
         terms = (term for op in self.plan.init for term in op.terms)
         return next((float(coef) for slot, coef in terms if slot == "noise:0" and isinstance(coef, float)), 1.0)
 
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the slots."""
+        return 0 if self._stepper is None else self._stepper.pool_bytes
+
     def begin(self, evaluation: int) -> None:
         """The run starts at this evaluation of the full plan."""
         self._at = evaluation
+        self._current = self._plan_from(evaluation), evaluation
 
     def scaled(self, sample: Tensor, timestep: Any) -> Tensor:
         """x_scale * sample: what the network reads in this row."""
@@ -150,7 +157,7 @@ class Driven:
             x = (sample if self._unscaled is None else self._unscaled).chunk(2)[0]
         self._set_draw(model_output, sample, generator, x.shape[0])
         self._state(x, doubled)
-        assert self._stepper is not None and self._at is not None
+        assert self._stepper is not None
         outs = (model_output,) if self.silent else self._predictions(row, model_output, x)
         result = self._stepper.advance(outs)
         self._at += 1
@@ -164,14 +171,15 @@ class Driven:
 
     def _state(self, x: Tensor, doubled: bool) -> None:
         """The stepper stands where the pipeline stands."""
-        assert self._at is not None
+        assert self._current is not None
         if self._stepper is None:
-            self._stepper = self._stepper_from(self._at, x)
+            self._stepper = self._started(self._current[0], x)
             return
         same = doubled or x is self._returned
         if self.changed or (same and not doubled and x._version != self._version):
             if self._at % self.order == 0:
-                self._stepper = self._stepper_from(self._at, x)
+                self._current = self._plan_from(self._at), self._at
+                self._stepper = self._started(self._current[0], x)
                 self.restarts += 1
             else:
                 self._stepper.put(x)
@@ -179,17 +187,19 @@ class Driven:
         elif not same:
             self._stepper.put(x)
 
-    def _stepper_from(self, evaluation: int, x: Tensor) -> Stepper:
-        """A run of the plan's tail from here: multistep history starts anew."""
-        plan = self.plan
-        if evaluation:
-            if plan.recipe is None:
-                raise StateError(
-                    f"row {evaluation}: the run must restart here, and the plan has no recipe to plan its tail; use a "
-                    "plan of make_plan or Plan.from_diffusers"
-                )
-            left = self.steps - evaluation // self.order
-            plan = replan(plan.recipe, tail=min(1.0, (left + 0.5) / self.steps))
+    def _plan_from(self, evaluation: int) -> Plan:
+        """The plan's tail from an evaluation on: multistep history starts anew."""
+        if evaluation == 0:
+            return self.plan
+        if self.plan.recipe is None:
+            raise StateError(
+                f"evaluation {evaluation}: the run (re)starts here, and the plan has no recipe to plan its tail; use a "
+                "plan of make_plan or Plan.from_diffusers"
+            )
+        left = self.steps - evaluation // self.order
+        return replan(self.plan.recipe, tail=min(1.0, (left + 0.5) / self.steps))
+
+    def _started(self, plan: Plan, x: Tensor) -> Stepper:
         stepper = Stepper(plan, x, self.values, lambda: self._draw())
         stepper.start(x)
         return stepper
@@ -237,13 +247,15 @@ class Driven:
 
     # --- where the run stands ---------------------------------------------------------------------------------------
     def _row(self, timestep: Any = None) -> Step:
-        if self._at is None:
-            self._at = 0 if timestep is None else self._find(timestep)
-        if self._at >= len(self._rows):
-            raise StateError(f"the plan has {len(self._rows)} evaluations; the pipeline asks for one more")
-        if self._stepper is not None and not self._stepper.done:
-            return self._stepper.step
-        return self._rows[self._at]
+        """The row whose turn it is. Where a run starts is said by `begin`, else by the first timestep asked for."""
+        if self._current is None:
+            self.begin(0 if timestep is None else self._find(timestep))
+        assert self._current is not None
+        plan, base = self._current
+        rows = [step for step in plan.steps if step.variant is not None]
+        if self._at - base >= len(rows):
+            raise StateError(f"the plan has {len(rows)} evaluations; the pipeline asks for one more")
+        return rows[self._at - base]
 
     def _find(self, timestep: Any) -> int:
         """First evaluation at a timestep. It is read from the device, before the loop."""

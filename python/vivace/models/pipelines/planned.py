@@ -51,10 +51,12 @@ class Effective:
 class Planner:
     """Makes the plan of a call; remembers the last ones, since calls repeat.
 
-    plan: the given one; None: what the pipeline's scheduler does, call by call.
+    plan: the given one; None: what the pipeline's scheduler does, call by call. own: leave the arithmetic of such a
+    plan to that scheduler.
     """
 
     plan: Plan | None
+    own: bool = True
     _made: dict[Any, Effective] = field(default_factory=dict)
 
     kept = 32  # plans remembered
@@ -149,6 +151,8 @@ class Planner:
 
     def _other_than(self, own: Plan, plan: Plan, style: CallStyle | None) -> str | None:
         """Why the pipeline and its scheduler do not compute exactly what `plan` says; None when they do."""
+        if not self.own:
+            return "asked for by arithmetic='plan'"
         if plan.recipe is None or _rows(plan) != _rows(apply_passes(replace(own, recipe=_bare(own)), plan.recipe)):
             return "the plan differs from what the pipeline's scheduler does"
         if self.silent:

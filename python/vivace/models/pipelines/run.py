@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vivace.models.pipelines.branches import batch_of
 from vivace.models.pipelines.calls import CallStyle
 from vivace.models.pipelines.driven import Driven
 from vivace.models.pipelines.planned import Arguments, Effective, Planner
@@ -19,7 +20,8 @@ from vivace.models.pipelines.views import view
 class Run:
     """State of one call. `effective`: its plan, once the pipeline asked for timesteps; `rows`: what was executed.
 
-    networks: the pipeline's denoisers by component name, the first one "main" to plans.
+    networks: the pipeline's denoisers by component name, the first one "main" to plans; fused: gives the same with own
+    kernels inside, and is asked when `kernels` says so (None: where the plan does the arithmetic).
     """
 
     def __init__(
@@ -29,9 +31,11 @@ class Run:
         call: Arguments,
         style: CallStyle | None,
         networks: dict[str, Callable[..., Any]],
+        kernels: bool | None,
+        fused: Callable[[], dict[str, Callable[..., Any]]],
     ) -> None:
         self.pipeline, self.planner, self.call, self.style = pipeline, planner, call, style
-        self.networks = networks
+        self.networks, self.kernels, self._fused = networks, kernels, fused
         self.own_scheduler = pipeline.scheduler
         self.scheduler = scheduler_of(pipeline.scheduler, self)
         self.guided = style is not None and style.guided(call.values)
@@ -39,6 +43,7 @@ class Run:
         self.begin = 0  # evaluations of the full plan that an image-to-image run leaves out
         self.effective: Effective | None = None
         self.driven: Driven | None = None
+        self.pictures = 1  # samples of a branch
         self.rows: list[tuple[int, float, float]] = []  # branches evaluated, ms of the network, ms of the step
         self._branches, self._network_ms = 0, 0.0
 
@@ -51,21 +56,25 @@ class Run:
         listed = given["timesteps"] if given["timesteps"] is not None else given["sigmas"]
         given["steps"] = int(count) if count is not None else len(listed)
         self.effective = self.planner.effective(self.pipeline, self.own_scheduler, self.call, self.style, given)
+        if self.kernels or (self.kernels is None and not self.effective.own):
+            self.networks = self._fused()
         own(*args, **kwargs)
+        plan, steps = self.effective.plan, given["steps"]
+        strength = self.call.values.get("strength")
+        if isinstance(strength, (int, float)) and strength < 1.0 and hasattr(self.pipeline, "get_timesteps"):
+            left = min(int(steps * strength), steps)  # timesteps may repeat: they do not tell where a run starts
+            self.begin = (steps - left) * max(1, round(plan.nfe / steps))
         if self.effective.own:
             return
         self.driven = Driven(
-            self.effective.plan,
-            given["steps"],
-            silent=self.effective.silent,
-            style=self.style,
-            guided=self.guided,
-            values=self._values(),
+            plan, steps, silent=self.effective.silent, style=self.style, guided=self.guided, values=self._values()
         )
+        if self.begin:
+            self.driven.begin(self.begin)
         state = self.scheduler.__dict__
         state["timesteps"] = self.driven.timesteps(self.scheduler.timesteps)
         state["sigmas"] = self.driven.sigmas()
-        state["num_inference_steps"], state["order"] = given["steps"], self.driven.order
+        state["num_inference_steps"], state["order"] = steps, self.driven.order
 
     def set_begin_index(self, own: Callable[..., None], begin_index: int = 0) -> None:
         own(begin_index)
@@ -114,6 +123,8 @@ class Run:
 
     def _evaluate(self, name: str, args: Any, kwargs: Any) -> Any:
         start = time.perf_counter()
+        batch = batch_of(args, kwargs)
+        self.pictures = batch // 2 if self.guided and not self.separate else batch
         if self.driven is None:
             result, branches = self.networks[name](*args, **kwargs), 1 + (self.guided and not self.separate)
         else:

@@ -1,0 +1,26 @@
+"""Passes by the names that recipes record them under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from vivace.engine import passes
+from vivace.engine.interchange.smoothcache import apply_smoothcache
+from vivace.engine.interchange.step_mask import apply_step_mask
+from vivace.engine.interchange.step_policy import apply_step_policy
+from vivace.engine.plan import Args, Plan
+from vivace.errors import PlanError
+
+PASSES: Mapping[str, Callable[..., Plan]] = {
+    **{name: getattr(passes, name) for name in passes.__all__},
+    **{made.__name__: made for made in (apply_step_policy, apply_smoothcache, apply_step_mask)},
+}
+
+
+def replay(plan: Plan, made: Sequence[tuple[str, Args]]) -> Plan:
+    """The passes `made` of a recipe, in order, on `plan`. Raises PlanError for an unknown one, and what they raise."""
+    for name, args in made:
+        if name not in PASSES:
+            raise PlanError(f"recipe: unknown pass {name!r}; known: {', '.join(PASSES)}")
+        plan = PASSES[name](plan, **args.to_dict())
+    return plan

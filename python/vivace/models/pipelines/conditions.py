@@ -1,0 +1,125 @@
+"""Recorded arguments of a network: one row of a batch taken out, and rows of several samples put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivace.errors import PromptError
+
+# Arguments with these words in their name keep their dtype: positions, angles, counts, sizes.
+EXACT = ("rotary", "ids", "guidance", "mask", "size", "timestep")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row [1, ...] of a tensor that has the batch as its first axis."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Arguments of one row. tree: `Row`s where the batch goes, other values as they are; signature: rows with equal
+    signatures may share a forward: they differ in the contents of `Row`s only."""
+
+    tree: dict[str, Any]
+    signature: tuple[Any, ...]
+
+    def same(self, other: Inputs, name: str) -> bool:
+        """Argument `name` is bit for bit the same in both."""
+        return _sign(name, self.tree.get(name), contents=True) == _sign(name, other.tree.get(name), contents=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What a prompt is to a network: the arguments of each guidance branch, "cond" and perhaps "uncond"."""
+
+    branches: Mapping[str, Inputs]
+
+    def branch(self, name: str) -> Inputs:
+        """The arguments of a branch. Raises: PromptError for a branch that the prompt does not have."""
+        if name not in self.branches:
+            raise PromptError(
+                f"prompt: the plan evaluates branch {name!r}, the prompt has {', '.join(self.branches)} only; give "
+                "negative_prompt_embeds too (a bare network: {'cond': {...}, 'uncond': {...}}), or use a plan without "
+                "guidance"
+            )
+        return self.branches[name]
+
+
+def inputs_of(
+    arguments: Mapping[str, Any],
+    row: int,
+    rows: int,
+    device: torch.device | None,
+    cast: tuple[torch.dtype, torch.dtype] | None,
+) -> Inputs:
+    """Row `row` of arguments recorded with a batch of `rows`: tensors whose first axis is `rows` long are per row.
+
+    Args:
+        device: where tensors go; None leaves them. cast: (from, to) for floating tensors but those named in `EXACT`.
+    """
+
+    def take(name: str, value: Tensor) -> Any:
+        value = value if device is None else value.to(device)
+        if cast is not None and value.dtype == cast[0] and not any(word in name for word in EXACT):
+            value = value.to(cast[1])
+        return Row(value[row : row + 1]) if value.dim() and len(value) == rows else value
+
+    tree = {name: _map(name, value, take) for name, value in arguments.items()}
+    return Inputs(tree, tuple(_sign(name, value) for name, value in sorted(tree.items())))
+
+
+def merge(rows: Sequence[Inputs]) -> dict[str, Any]:
+    """Arguments of a batch from rows with one signature."""
+    return {name: _join([row.tree[name] for row in rows]) for name in rows[0].tree}
+
+
+def _map(name: str, value: Any, take: Callable[[str, Tensor], Any]) -> Any:
+    """`value` with each tensor in it replaced by take(name, tensor)."""
+    if isinstance(value, Tensor):
+        return take(name, value)
+    if isinstance(value, Mapping):
+        return {key: _map(str(key), item, take) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(name, item, take) for item in value)
+    return value
+
+
+def _join(values: Sequence[Any]) -> Any:
+    """Values of one argument in several rows as one value of a batch."""
+    first = values[0]
+    if isinstance(first, Row):
+        return torch.cat([value.value for value in values])
+    if isinstance(first, dict):
+        return {key: _join([value[key] for value in values]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_join(items) for items in zip(*values, strict=True))
+    return first
+
+
+def _sign(name: str, value: Any, contents: bool = False) -> Any:
+    """What of an argument must be equal for rows to share a forward: all but the contents of a `Row`."""
+    if isinstance(value, Row):
+        tensor = value.value
+        exact = _digest(tensor) if contents else ""
+        length = int(tensor.count_nonzero()) if "mask" in name else 0  # how many tokens count may decide shapes
+        return name, tuple(tensor.shape), str(tensor.dtype), length, exact
+    if isinstance(value, Tensor):
+        return name, tuple(value.shape), str(value.dtype), _digest(value)
+    if isinstance(value, Mapping):
+        return name, tuple(_sign(str(key), item, contents) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return name, tuple(_sign(name, item, contents) for item in value)
+    return name, value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()

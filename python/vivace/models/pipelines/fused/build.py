@@ -1,0 +1,196 @@
+"""Walks a foreign module and makes the stand-in in which known pieces run our ops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+
+from vivace.models.pipelines.fused import attention, blocks, norms, processor, video
+from vivace.models.pipelines.fused.ops import DTYPES, Ops, class_of, norm_problem, ready
+from vivace.models.pipelines.fused.pattern import Pattern
+from vivace.models.pipelines.fused.report import FusedReport, Left, Replaced
+from vivace.models.pipelines.views import fork, view
+
+PATTERNS = {**norms.PATTERNS, **blocks.PATTERNS, **video.PATTERNS}
+GELU = "torch.nn.modules.activation.GELU"
+
+
+class Builder:
+    """One walk: the pieces replaced and left so far, the ops, and modules already made (a module may be shared)."""
+
+    def __init__(self, ops: Ops) -> None:
+        self.ops, self.tables = ops, processor.Tables()
+        self.counts: Counter[str] = Counter()
+        self.left: list[Left] = []
+        self.made: dict[int, Any] = {}
+
+    def report(self) -> FusedReport:
+        choices = self.ops.choices
+        counted = sorted(self.counts.items())
+        replaced = (Replaced(op, count, choices[op].backend, choices[op].reason) for op, count in counted)
+        return FusedReport(tuple(replaced), tuple(self.left))
+
+    def make(self, name: str, module: Any) -> Any:
+        """The stand-in of `module`, or the module itself when nothing in it is replaced."""
+        if id(module) not in self.made:
+            self.made[id(module)] = self._make(name, module)
+        return self.made[id(module)]
+
+    def _make(self, name: str, module: Any) -> Any:
+        if (reason := rewritten(module)) is not None:
+            if any(True for _ in module.children()) or class_of(module) in PATTERNS:
+                self._leave(name, module, reason)
+            return module
+        pattern = self._pattern(name, module)
+        own = self._processor(name, module)
+        skipped = attention.ABSORBED if own else pattern.absorbs(module) if pattern else ()
+        replaced = {}
+        for child_name, child in module._modules.items():
+            if child is not None and child_name not in skipped:
+                made = self.make(f"{name}.{child_name}".lstrip("."), child)
+                if made is not child:
+                    replaced[child_name] = made
+        stand_in = module
+        if replaced or own:
+            stand_in = adopt(fork(module, **replaced), module)
+        if own:
+            stand_in.__dict__["processor"] = own
+        if pattern is None:
+            return stand_in
+        return view(stand_in, __call__=piece(self.ops, pattern, module, stand_in))
+
+    def _leave(self, name: str, module: Any, reason: str) -> None:
+        self.left.append(Left(name, type(module).__name__, reason))
+
+    def _pattern(self, name: str, module: Any) -> Pattern | None:
+        """How `module` itself is replaced; None: it is not, and the report says why where that is not plain."""
+        known = class_of(module)
+        pattern = PATTERNS.get(known)
+        if pattern is None:
+            if reason := norms.UNKNOWN.get(known):
+                self._leave(name, module, reason)
+            elif type(module).__name__.endswith("Block"):
+                self._leave(name, module, "no forward of ours for this class")
+            return None
+        reason = self._problem(pattern, module)
+        if reason is not None:
+            self._leave(name, module, reason)
+            return None
+        self.counts.update(pattern.places(module))
+        return pattern
+
+    def _problem(self, pattern: Pattern, module: Any) -> str | None:
+        """Why `module` keeps its own forward."""
+        if reason := watched(module) or pattern.problem(module):
+            return reason
+        if pattern.run is norms.plain_norm and (reason := norm_problem(module, self.ops.dtype)):
+            return reason
+        for child in (module._modules.get(name) for name in pattern.absorbs(module)):
+            if child is None:
+                continue
+            known = None if class_of(child) == GELU else norm_problem(child, self.ops.dtype)
+            if reason := known or rewritten(child) or watched(child):
+                return f"{type(child).__name__} inside: {reason}"
+        return next((self.ops.problems[op] for op in pattern.places(module) if op in self.ops.problems), None)
+
+    def _processor(self, name: str, module: Any) -> Any:
+        """Our processor for an attention; None for any other module, or when the attention keeps its own."""
+        plain = module.__dict__.get("processor")
+        if plain is None or attention.nothing_to_fuse(module):
+            return None
+        reason = attention.attention_problem(module, self.ops.dtype) or self.ops.problems.get("qk_norm_rope")
+        for norm in (module._modules.get(child) for child in attention.ABSORBED):
+            if norm is not None and reason is None:
+                reason = rewritten(norm) or watched(norm)
+        if reason is not None:
+            self._leave(name, module, reason)
+            return None
+        added = getattr(module, "add_q_proj", None) is not None
+        self.counts.update({"qk_norm_rope": 1 + added})
+        return attention.PROCESSORS[class_of(plain)](plain, self.ops, self.tables)
+
+
+def piece(ops: Ops, pattern: Pattern, module: Any, stand_in: Any) -> Callable[..., Any]:
+    """What calling the stand-in does: our forward, or the module itself where this call needs it."""
+    run, fits = pattern.run, ready if pattern.mixed else ops.ready
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else next(iter(kwargs.values()), None)
+        if not module.training and isinstance(hidden, torch.Tensor) and fits(hidden):
+            result = run(ops, stand_in, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return module(*args, **kwargs)
+
+    return call
+
+
+def watched(module: Any) -> str | None:
+    """Why calls of `module` must go through its own `__call__`."""
+    state = module.__dict__
+    hooks = any(state.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return "forward hooks" if hooks else None
+
+
+def rewritten(module: Any) -> str | None:
+    """Why nothing inside `module` can be replaced: its forward is not the one of its class."""
+    state = module.__dict__
+    if state.get("_compiled_call_impl") is not None:
+        return "compiled by torch"
+    if "forward" in state and not all(_bound(state[name], module) for name in ("forward", "_old_forward")):
+        return "its forward is replaced (a hook of diffusers or accelerate, or a compiled module)"
+    return None
+
+
+def _bound(call: Any, module: Any) -> bool:
+    """`call` is a method or partial that can be bound to a stand-in instead."""
+    if isinstance(call, MethodType):
+        return call.__self__ is module
+    return isinstance(call, partial) and bool(call.args) and call.args[0] is module
+
+
+def adopt(stand_in: Any, module: Any) -> Any:
+    """The stand-in with forwards that accelerate's hooks bound to `module` bound to itself."""
+    state = stand_in.__dict__
+    for name in ("forward", "_old_forward"):
+        call = state.get(name)
+        if isinstance(call, MethodType):
+            state[name] = MethodType(call.__func__, stand_in)
+        elif isinstance(call, partial):
+            state[name] = partial(call.func, stand_in, *call.args[1:], **call.keywords)
+    return stand_in
+
+
+def structure(module: Any) -> tuple[Any, ...]:
+    """A key that changes when a stand-in must be made anew: modules, their attributes, hooks, dtypes, device."""
+    found, stack = list[Any](), [module]
+    first = next(iter(module.parameters()), None)
+    while stack:
+        state = stack.pop().__dict__
+        children = state["_modules"]
+        parameter = next((p for p in state["_parameters"].values() if p is not None), None)
+        found.append(tuple(map(id, state.values())))
+        found.append((len(state["_forward_hooks"]), len(state["_forward_pre_hooks"]), *map(id, children.values())))
+        found.append(None if parameter is None else parameter.dtype)
+        stack += [child for child in children.values() if child is not None]
+    return None if first is None else first.device.type, *found
+
+
+def build(module: Any, backend: str | None) -> tuple[Any, FusedReport]:
+    """The stand-in of `module` and the report; the module itself when its dtype or place rules our ops out."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    kind = type(module).__name__
+    if parameter is None:
+        return module, FusedReport(left=(Left("", kind, "no parameters"),))
+    if parameter.dtype not in DTYPES:
+        reason = f"dtype {str(parameter.dtype)[6:]}; our ops take float32 and bfloat16"
+        return module, FusedReport(left=(Left("", kind, reason),))
+    if module.training:
+        return module, FusedReport(left=(Left("", kind, "training mode; call eval()"),))
+    builder = Builder(Ops(parameter.dtype, parameter.device, backend))
+    return builder.make("", module), builder.report()

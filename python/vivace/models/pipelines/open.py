@@ -1,0 +1,358 @@
+"""`vivace.load` beyond the native DiT: folders and hub snapshots of diffusers, pipeline objects, bare networks."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from os import PathLike
+from typing import Any
+
+import torch
+
+from vivace.engine.bind import ModelSpec
+from vivace.engine.executors import make_executor
+from vivace.engine.noise_schedule import NoiseSchedule
+from vivace.engine.passes import apply_experts
+from vivace.engine.plan import Plan
+from vivace.engine.session import Session
+from vivace.errors import ArgumentError, ModelError, ShapeError, UnsupportedError
+from vivace.models.checkpoint import read_object
+from vivace.models.load import prediction_of
+from vivace.models.pipe import check_counts, device_of, dtype_of
+from vivace.models.pipelines.capture import Heard, argument_names, hear
+from vivace.models.pipelines.denoiser import BareDenoiser, Manner, NetworkDenoiser, PipelineDenoiser, latent_of, rows_of
+from vivace.models.pipelines.families import Family, family_of
+from vivace.models.pipelines.planned import expert_boundary
+from vivace.models.pipelines.prompting import Prompting
+from vivace.models.pipelines.sources import NETWORK_FOLDERS, check_weights, resolve
+
+# How pipelines feed the networks that are not fed the scheduler's timestep: t / divisor + offset.
+FED = {
+    "FluxTransformer2DModel": (1000.0, 0.0),
+    "Flux2Transformer2DModel": (1000.0, 0.0),
+    "QwenImageTransformer2DModel": (1000.0, 0.0),
+    "Lumina2Transformer2DModel": (-1000.0, 1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec(ModelSpec):
+    """A spec for latents of any layout. edges: extent of a token along every axis of the latent, channels included."""
+
+    edges: tuple[int, ...] = ()
+
+    def tokens(self, shape: tuple[int, ...] | None = None) -> int:
+        """Image tokens of a latent of `shape`. Raises ShapeError when tokens do not divide it."""
+        shape = self.latent_shape if shape is None else shape
+        if (
+            len(shape) != len(self.edges)
+            or min(shape) < 1
+            or any(s % e for s, e in zip(shape, self.edges, strict=True))
+        ):
+            raise ShapeError(f"model {self.name!r}: latent shape {shape}; need multiples of {self.edges}")
+        return prod(size // edge for size, edge in zip(shape, self.edges, strict=True))
+
+
+def open_foreign(
+    source: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    scheduler: Any = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    latent_shape: Sequence[int] | None = None,
+) -> ForeignPipe:
+    """See `vivace.load`."""
+    if isinstance(source, (str, PathLike)):
+        source = _read(source, dtype, revision, variant)
+        source = source.to(device) if device is not None else source
+    else:
+        given = {"device": device, "dtype": dtype, "revision": revision, "variant": variant}
+        for name, value in given.items():
+            if value is not None:
+                raise ArgumentError(
+                    f"load: {name}={value!r} with an object, which is used as it is; give it to compile"
+                )
+    from diffusers import DiffusionPipeline
+
+    if isinstance(source, DiffusionPipeline):
+        if latent_shape is not None:
+            raise ArgumentError(
+                "load: latent_shape is for bare networks; a pipeline has call={'height': ..., 'width': ...}"
+            )
+        return PipelinePipe(_with_scheduler(source, scheduler), call or {})
+    if isinstance(source, torch.nn.Module) and hasattr(source, "config"):
+        if call:
+            raise ArgumentError("load: call is for pipelines; a bare network takes latent_shape")
+        return NetworkPipe(source, scheduler, None if latent_shape is None else tuple(latent_shape))
+    raise UnsupportedError(
+        f"load: a {type(source).__name__} object; need a diffusers pipeline, a transformer or UNet of diffusers, a "
+        "folder, or a name"
+    )
+
+
+class ForeignPipe:
+    """A model of diffusers: `spec`, and `compile` to sessions. It holds weights and nothing of any request."""
+
+    networks: Mapping[str, Any]
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._fingerprint = Fingerprint()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Schedule, prediction, latent shape, conditioning, blocks, tokens; fingerprint of the weights as they are."""
+        with self._lock:
+            return self._spec(self._fingerprint(self.networks))
+
+    def compile(
+        self,
+        plan: Plan | Sequence[Plan],
+        *,
+        backend: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | str | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+    ) -> Session:
+        """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
+
+        Args: as in `Pipe.compile`, but device "auto" is where the model is.
+        Raises: BackendError, PlanError, UnsupportedError, ArgumentError.
+        """
+        check_counts(threads=threads, batch=batch)
+        place = None if device == "auto" else device_of(device)
+        denoiser = self._denoiser(self._placed(place, dtype_of(dtype)))
+        executor = make_executor(backend, denoiser)
+        why = self._unprobed()
+        session = Session(
+            denoiser,
+            [plan] if isinstance(plan, Plan) else list(plan),
+            executor,
+            shape=denoiser.spec.latent_shape,
+            state_dtype=torch.float64 if denoiser.dtype == torch.float64 else torch.float32,
+            threads=threads,
+            batch=batch,
+            probed=why is None,
+            expand=lambda given: self._expanded(given).bind(denoiser.spec),
+        )
+        if why is not None:
+            executor.one_by_one = why
+        return session
+
+    def _placed(self, device: torch.device | None, dtype: torch.dtype | None) -> dict[str, Any]:
+        """The networks on a device in a dtype: themselves where they are there already, copies otherwise."""
+        placed = {}
+        for name, network in self.networks.items():
+            there = (device is None or network.device == device) and (dtype is None or network.dtype == dtype)
+            placed[name] = network if there else copy.deepcopy(network).to(device=device, dtype=dtype)
+        return placed
+
+    def _spec(self, fingerprint: str) -> ModelSpec:
+        raise NotImplementedError
+
+    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
+        raise NotImplementedError
+
+    def _unprobed(self) -> str | None:
+        """Why batching cannot be tested when compiling."""
+        return None
+
+    def _expanded(self, plan: Plan) -> Plan:
+        """The plan with what the model decides filled in."""
+        return plan
+
+
+class PipelinePipe(ForeignPipe):
+    """A diffusers pipeline. The object is used as it is and never changed; weights are shared."""
+
+    def __init__(self, pipeline: Any, call: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.prompting = Prompting(pipeline, dict(call))
+        self.networks = self.prompting.networks
+
+    @cached_property
+    def _heard(self) -> Heard:
+        """What a call for the empty prompt shows."""
+        return hear(self.pipeline, self.networks, self.prompting.arguments(None))
+
+    def plan(self, steps: int) -> Plan:
+        """The plan that the pipeline's own scheduler runs for a call of this many steps, without guidance.
+
+        What the pipeline computes for its scheduler, such as a shift that depends on the size, is in it.
+        Raises: ArgumentError, UnsupportedError for schedulers that `Plan.from_diffusers` does not cover.
+        """
+        arguments = self.prompting.arguments(None)
+        with self._lock:
+            asked = hear(self.pipeline, self.networks, arguments, spoken=self._heard.spoken, steps=steps).asked
+        given = {name: value for name, value in asked.items() if value is not None}
+        return Plan.from_diffusers(self.pipeline.scheduler, steps=steps, **given)
+
+    def _spec(self, fingerprint: str) -> ModelSpec:
+        shape, branches = tuple(latent_of(self._heard).shape[1:]), rows_of(self._heard)
+        network = next(iter(self.networks.values()))
+        family = family_of(network)
+        fields = family.spec_fields(network)
+        scheduler = self.pipeline.scheduler
+        return LatentSpec(
+            name=type(self.pipeline).__name__.removesuffix("Pipeline"),
+            fingerprint=fingerprint,
+            prediction=_prediction(scheduler),
+            latent_shape=shape,
+            blocks=fields["blocks"],
+            patch=fields["patch"],
+            token_group=fields["token_group"],
+            branches=("cond", "uncond")[:branches],
+            conditioning="class" if self.prompting.labels else "text",
+            schedule=_schedule(scheduler),
+            edges=_edges(family, shape, fields["patch"]),
+        )
+
+    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
+        return PipelineDenoiser(self.prompting, networks, self.spec, self._lock)
+
+    def _expanded(self, plan: Plan) -> Plan:
+        boundary = expert_boundary(self.pipeline)
+        one = all(variant.model == "main" for variant in plan.variants)
+        return plan if boundary is None or not one else apply_experts(plan, below=boundary)
+
+
+class NetworkPipe(ForeignPipe):
+    """A bare transformer or UNet. Prompts are mappings of its arguments."""
+
+    def __init__(self, network: Any, scheduler: Any, latent_shape: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.networks = {"main": network}
+        self.scheduler, self.family = scheduler, family_of(network)
+        self.latent_shape = latent_shape or _latent_shape(self.family, self.family.spec_fields(network))
+
+    def _spec(self, fingerprint: str) -> ModelSpec:
+        network = self.networks["main"]
+        fields = self.family.spec_fields(network)
+        given = self.scheduler is not None
+        return LatentSpec(
+            name=type(network).__name__,
+            fingerprint=fingerprint,
+            prediction=_prediction(self.scheduler) if given else fields["prediction"],
+            latent_shape=self.latent_shape,
+            blocks=fields["blocks"],
+            patch=fields["patch"],
+            token_group=fields["token_group"],
+            conditioning="arguments",
+            schedule=_schedule(self.scheduler) if given else None,
+            edges=_edges(self.family, self.latent_shape, fields["patch"]),
+        )
+
+    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
+        network = networks["main"]
+        names = argument_names(network)
+        divisor, offset = FED.get(type(network).__name__, (1.0, 0.0))
+        scale = float(network.config.get("timestep_scale") or 1.0)
+        exact = torch.float64 if network.dtype == torch.float64 else torch.float32
+        manner = Manner(names[0], "timestep", divisor / scale, offset, exact, self.family.sign)
+        return BareDenoiser(networks, self.spec, manner, network.device)
+
+    def _unprobed(self) -> str | None:
+        return "a bare network: there is no condition at compile time to test batching with"
+
+
+class Fingerprint:
+    """SHA-256 of configuration and weights of modules, computed again only when a parameter was changed or moved."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._digest = ""
+
+    def __call__(self, modules: Mapping[str, Any]) -> str:
+        tensors = [(name, module.state_dict()) for name, module in modules.items()]
+        state = [
+            (name, key, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for name, found in tensors
+            for key, tensor in found.items()
+        ]
+        if state != self._state:
+            self._digest, self._state = self._hash(modules, tensors), state
+        return self._digest
+
+    @staticmethod
+    def _hash(modules: Mapping[str, Any], tensors: Sequence[tuple[str, Mapping[str, torch.Tensor]]]) -> str:
+        digest = hashlib.sha256()
+        for name, found in tensors:
+            config = {key: value for key, value in dict(modules[name].config).items() if not key.startswith("_")}
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            for key in sorted(found):
+                tensor = found[key].detach().cpu().contiguous()
+                digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+
+def _read(source: str | PathLike[str], dtype: torch.dtype | None, revision: str | None, variant: str | None) -> Any:
+    """A pipeline or a network from a folder or the hub cache, safetensors only."""
+    import diffusers
+
+    root = resolve(source, revision=revision, variant=variant)
+    check_weights(root, variant)
+    options: dict[str, Any] = {"use_safetensors": True, "variant": variant, "local_files_only": True}
+    options |= {} if dtype is None else {"dtype": dtype}
+    try:
+        if (root / "model_index.json").is_file():
+            index = read_object(root / "model_index.json")
+            absent = {name: None for name, entry in index.items() if entry == [None, None]}
+            return diffusers.DiffusionPipeline.from_pretrained(str(root), **options, **absent)
+        network = next((root / name for name in NETWORK_FOLDERS if (root / name / "config.json").is_file()), root)
+        return diffusers.AutoModel.from_pretrained(str(network), **options)
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{root}: diffusers {diffusers.__version__} cannot load it ({error}); copy or download it again"
+        ) from error
+
+
+def _with_scheduler(pipeline: Any, scheduler: Any) -> Any:
+    """A pipeline like the given one with another scheduler; itself without one."""
+    if scheduler is None:
+        return pipeline
+    stand = copy.copy(pipeline)
+    stand.__dict__["scheduler"] = scheduler
+    return stand
+
+
+def _prediction(scheduler: Any) -> str:
+    config = getattr(scheduler, "config", scheduler)
+    return prediction_of({"_class_name": type(scheduler).__name__, **dict(config)})
+
+
+def _schedule(scheduler: Any) -> NoiseSchedule | None:
+    """The scheduler's training schedule; None for a kind that plans cannot be made from."""
+    try:
+        return NoiseSchedule.from_diffusers(scheduler)
+    except UnsupportedError:
+        return None
+
+
+def _edges(family: Family, shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """Extent of a token along every axis of latents in the layout of the family."""
+    if family.layout == "tokens" and len(shape) == 2:
+        return 1, shape[1]
+    if family.layout == "frames":
+        return patch[0], shape[1], *patch[1:]
+    return shape[0], *patch
+
+
+def _latent_shape(family: Family, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """The latent that pipelines of the family denoise, from the network's (C, spatial...)."""
+    channels, *spatial = fields["latent_shape"]
+    patch = fields["patch"]
+    if family.layout == "tokens":
+        return prod(s // p for s, p in zip(spatial, patch, strict=True)), channels * prod(patch)
+    return (spatial[0], channels, *spatial[1:]) if family.layout == "frames" else (channels, *spatial)
