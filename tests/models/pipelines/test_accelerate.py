@@ -109,7 +109,7 @@ def test_rows_outside_the_interval_evaluate_one_branch(pipes, name):
     vivace.restore(pipe)
     whole = sum(calls)
     calls.clear()
-    plan = vivace.passes.apply_guidance(effective.plan, 3.0, interval=(0.0, 0.5))
+    plan = vivace.passes.apply_guidance(effective.plan, 3.0, interval=(0.0, 0.75))
     _, receipt = accelerated(pipe, name, plan)
     guided = sum(row.branches == ("cond", "uncond") for row in receipt.rows)
     assert 0 < guided < receipt.nfe and sum(calls) == receipt.branch_evals == receipt.nfe + guided < whole

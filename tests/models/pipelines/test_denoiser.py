@@ -12,8 +12,8 @@ import vivace
 SIZES = ("height", "width", "num_frames", "use_resolution_binning", "clean_caption")
 # Combine branches in a way of their own, which no plan does: compared without guidance.
 RESCALED = ("qwen",)
-# Draw noise of torch in every step, or have a scheduler that no plan is made of: compared with DDIM.
-SWAPPED = ("hunyuan_dit", "cogvideox")
+# Draws noise of torch in every step: compared with DDIM.
+SWAPPED = ("hunyuan_dit",)
 
 
 def built(name):
@@ -192,13 +192,14 @@ def test_image_to_image_starts_from_the_encoded_picture(name):
         load("wan").compile(load("wan").plan(2)).denoiser.to_latent(image)
 
 
-def test_other_dtypes_run_on_copies():
-    pipe = load("sd3")
-    plan = plan_of("sd3", pipe)
-    exact = pipe.compile(plan, dtype="float64")(prompt_of("sd3"), seed=2).latents
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "sdxl", "lumina2", "cogvideox"])
+def test_other_dtypes_run_on_copies(name):
+    pipe = load(name)
+    plan = plan_of(name, pipe)
+    exact = pipe.compile(plan, dtype="float64")(prompt_of(name), seed=2).latents
     assert exact.dtype == torch.float64
-    for dtype, bound in ((None, 1e-5), ("bfloat16", 0.1)):
-        got = pipe.compile(plan, dtype=dtype)(prompt_of("sd3"), seed=2).latents
+    for dtype, bound in ((None, 1e-4), ("bfloat16", 0.3)):
+        got = pipe.compile(plan, dtype=dtype)(prompt_of(name), seed=2).latents
         assert float((got - exact).norm() / exact.norm()) < bound
     assert next(iter(pipe.networks.values())).dtype == torch.float32
 

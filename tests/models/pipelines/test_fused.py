@@ -12,6 +12,7 @@ import torch
 from tests.models.pipelines.tiny import FAMILIES, make
 from torch import nn
 
+from vivace.errors import BackendError
 from vivace.kernels.spec import UNIT_ROUNDOFF, choose, error_of, why_not
 from vivace.models.pipelines.fused import Fused, fuse
 from vivace.models.pipelines.fused.build import structure
@@ -360,3 +361,36 @@ def test_without_a_fast_backend_nothing_is_replaced(monkeypatch):
         choose.__globals__["_decide"].cache_clear()
     assert stand_in is module and report.replaced == ()
     assert any(piece.reason.startswith("gelu has no fast backend") for piece in report.left)
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_blocks_of_a_stand_in_can_be_observed_and_change_nothing(family):
+    from vivace.models.pipelines.blocks import ModuleParts
+
+    module, args, kwargs = network(family)
+    stand_in, _ = fuse(module, backend="reference")
+    parts, seen = ModuleParts(stand_in), []
+
+    def observe(call):
+        seen.append(call.info)
+        return call.compute()
+
+    observed = run(lambda *given, **named: parts.forward(observe, *given, **named), args, kwargs)
+    assert torch.equal(observed, run(stand_in, args, kwargs))
+    assert tuple(seen) == ModuleParts(module).blocks
+
+
+def test_a_backend_that_cannot_run_is_an_error_when_named():
+    with pytest.raises(BackendError, match="backend=triton cannot run cpu tensors"):
+        fuse(network("dit")[0], backend="triton")
+
+
+def test_threads_share_a_stand_in():
+    from concurrent.futures import ThreadPoolExecutor
+
+    module, args, kwargs = network("qwen")
+    stand_in, _ = fuse(module, backend="reference")
+    want = run(stand_in, args, kwargs)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: run(stand_in, args, kwargs), range(8)))
+    assert all(torch.equal(result, want) for result in results)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,3 +356,12 @@ def test_another_scheduler_can_be_given():
     loaded = vivace.load(pipe, scheduler=other, call=SIZE | {"use_resolution_binning": False})
     assert loaded.plan(2).recipe.arguments.to_dict()["scheduler"]["_class_name"] == "DDIMScheduler"
     assert type(pipe.scheduler).__name__ == "DDPMScheduler"
+
+
+def test_the_page_on_loading_runs_as_it_is_written(tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "loading.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "loading.md", "exec"), names)
+    assert len(names["result"].images) == 2

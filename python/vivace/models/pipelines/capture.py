@@ -109,6 +109,7 @@ def argument_names(network: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(plain(network).forward).parameters)
 
 
+@torch.inference_mode(False)  # what a part keeps of a run stays an ordinary tensor
 @torch.no_grad()
 def hear(
     pipeline: Any,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,18 +105,23 @@ class PipelineDenoiser(NetworkDenoiser):
 
     def __init__(self, prompting: Prompting, networks: Mapping[str, Any], spec: ModelSpec, lock: Any) -> None:
         self.prompting, self.pipeline, self._lock = prompting, prompting.pipeline, lock
-        self._parts = dict(networks)
-        device = self.pipeline._execution_device if networks == prompting.networks else _device_of(networks)
+        main = next(iter(networks.values()))
+        device = self.pipeline._execution_device if networks == prompting.networks else main.device
         with lock:
             self._example = prompting.arguments(None)
             heard: list[Heard] = []
             for time in prompting.times:
                 spoken = heard[0].spoken if heard else ()
-                heard.append(hear(self.pipeline, networks, self._example, timestep=time, answer=_marks, spoken=spoken))
+                heard.append(self._hear(self._example, timestep=time, answer=_marks, spoken=spoken))
             manner = measure(self.pipeline, heard, prompting)
+            manner = replace(manner, dtype=torch.float64) if main.dtype == torch.float64 else manner
         self._spoken, self._held = heard[0].spoken, len(latent_of(heard[0]))
         names = {name: "main" if i == 0 else name for i, name in enumerate(networks)}
         super().__init__({names[name]: network for name, network in networks.items()}, spec, manner, device)
+
+    def _hear(self, arguments: Mapping[str, Any], **options: Any) -> Heard:
+        """A run with the pipeline's own networks as models of the stand-ins, wherever the ones that run here are."""
+        return hear(self.pipeline, self.prompting.networks, arguments, **options)
 
     def encode(self, prompt: Any) -> Condition:
         """What the pipeline hands its network for a prompt; see `Prompting.arguments` for what a prompt may be.
@@ -126,7 +131,7 @@ class PipelineDenoiser(NetworkDenoiser):
         arguments = self.prompting.arguments(prompt)
         with self._lock:
             try:
-                heard = hear(self.pipeline, self._parts, arguments, cache=self.prompting.cache)
+                heard = self._hear(arguments, cache=self.prompting.cache)
             except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
                 name = type(self.pipeline).__name__
                 raise PromptError(
@@ -169,9 +174,7 @@ class PipelineDenoiser(NetworkDenoiser):
         images: list[Any] = []
         with self._lock:
             for latent in latents:
-                networks = self.prompting.networks  # the pipeline's own: their dtype is the decoder's business
-                heard = hear(self.pipeline, networks, self._example, result=latent[None], spoken=self._spoken)
-                images += heard.output[0]
+                images += self._hear(self._example, result=latent[None], spoken=self._spoken).output[0]
         return images
 
     def to_latent(self, image: Any) -> Tensor:
@@ -335,7 +338,3 @@ def rows_of(heard: Heard) -> int:
 def latent_of(heard: Heard) -> Tensor:
     assert heard.latent is not None, "a run that ended at the step has latents"
     return heard.latent
-
-
-def _device_of(networks: Mapping[str, Any]) -> torch.device:
-    return torch.device(next(iter(networks.values())).device)

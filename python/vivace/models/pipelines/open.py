@@ -27,7 +27,7 @@ from vivace.models.load import prediction_of
 from vivace.models.pipe import check_counts, device_of, dtype_of
 from vivace.models.pipelines.capture import Heard, argument_names, hear
 from vivace.models.pipelines.denoiser import BareDenoiser, Manner, NetworkDenoiser, PipelineDenoiser, latent_of, rows_of
-from vivace.models.pipelines.families import Family, family_of
+from vivace.models.pipelines.families import Family, family_of, plain
 from vivace.models.pipelines.planned import expert_boundary
 from vivace.models.pipelines.prompting import Prompting
 from vivace.models.pipelines.sources import NETWORK_FOLDERS, check_weights, resolve
@@ -274,7 +274,7 @@ class Fingerprint:
         self._digest = ""
 
     def __call__(self, modules: Mapping[str, Any]) -> str:
-        tensors = [(name, module.state_dict()) for name, module in modules.items()]
+        tensors = [(name, plain(module).state_dict()) for name, module in modules.items()]
         state = [
             (name, key, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
             for name, found in tensors
@@ -291,6 +291,11 @@ class Fingerprint:
             config = {key: value for key, value in dict(modules[name].config).items() if not key.startswith("_")}
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())
             for key in sorted(found):
+                if found[key].is_meta:
+                    raise UnsupportedError(
+                        f"spec: weight {key!r} is offloaded and cannot be read for the fingerprint; load the model "
+                        "before enable_sequential_cpu_offload, or offload whole models"
+                    )
                 tensor = found[key].detach().cpu().contiguous()
                 digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
                 digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

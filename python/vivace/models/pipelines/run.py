@@ -110,7 +110,8 @@ class Run:
         else:
             bound = inspect.signature(own).bind(*args, **kwargs)
             given = bound.arguments
-            x = self.driven.advance(given["model_output"], given["timestep"], given["sample"], given.get("generator"))
+            generator = given.get("generator", self.call.values.get("generator"))  # not every `step` takes one
+            x = self.driven.advance(given["model_output"], given["timestep"], given["sample"], generator)
             result = (x, x) if given.get("return_dict") is False else _Stepped(x)
         self.rows.append((self._branches, self._network_ms, (time.perf_counter() - start) * 1e3))
         self._branches, self._network_ms = 0, 0.0

@@ -26,6 +26,7 @@ def fuse(module: Any, *, backend: str | None = None) -> tuple[Any, FusedReport]:
     Returns: (stand-in, report). The stand-in shares parameters, buffers and linears with the module. It is made of the
         module as it is now: after a LoRA was loaded, hooks were attached or a dtype changed, make another (`Fused`
         does).
+    Raises: BackendError when a backend asked for by name cannot run.
     """
     return build(module, backend)
 

@@ -278,8 +278,8 @@ def sana(
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
     timestep: Tensor | None = None,
-    height: int | None = None,
-    width: int | None = None,
+    height: int = 0,
+    width: int = 0,
 ) -> Any:
     """SanaTransformerBlock: the feed-forward is a convolution."""
     if (vectors := _table(block.scale_shift_table, timestep, hidden_states)) is None:

@@ -14,7 +14,7 @@ from vivace.models.pipelines.fused import attention, blocks, norms, processor, v
 from vivace.models.pipelines.fused.ops import DTYPES, Ops, class_of, norm_problem, ready
 from vivace.models.pipelines.fused.pattern import Pattern
 from vivace.models.pipelines.fused.report import FusedReport, Left, Replaced
-from vivace.models.pipelines.views import fork, view
+from vivace.models.pipelines.views import fork
 
 PATTERNS = {**norms.PATTERNS, **blocks.PATTERNS, **video.PATTERNS}
 GELU = "torch.nn.modules.activation.GELU"
@@ -55,14 +55,14 @@ class Builder:
                 made = self.make(f"{name}.{child_name}".lstrip("."), child)
                 if made is not child:
                     replaced[child_name] = made
-        stand_in = module
-        if replaced or own:
-            stand_in = adopt(fork(module, **replaced), module)
-        if own:
+        if not replaced and own is None and pattern is None:
+            return module
+        stand_in = adopt(fork(module, **replaced), module)
+        if own is not None:
             stand_in.__dict__["processor"] = own
-        if pattern is None:
-            return stand_in
-        return view(stand_in, __call__=piece(self.ops, pattern, module, stand_in))
+        if pattern is not None:
+            stand_in.__dict__["forward"] = piece(self.ops, pattern, module, stand_in)
+        return stand_in
 
     def _leave(self, name: str, module: Any, reason: str) -> None:
         self.left.append(Left(name, type(module).__name__, reason))
@@ -116,7 +116,7 @@ class Builder:
 
 
 def piece(ops: Ops, pattern: Pattern, module: Any, stand_in: Any) -> Callable[..., Any]:
-    """What calling the stand-in does: our forward, or the module itself where this call needs it."""
+    """The stand-in's forward: ours, or the module itself where this call needs it."""
     run, fits = pattern.run, ready if pattern.mixed else ops.ready
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def rewritten(module: Any) -> str | None:
     state = module.__dict__
     if state.get("_compiled_call_impl") is not None:
         return "compiled by torch"
-    if "forward" in state and not all(_bound(state[name], module) for name in ("forward", "_old_forward")):
+    if not all(_bound(state[name], module) for name in ("forward", "_old_forward") if name in state):
         return "its forward is replaced (a hook of diffusers or accelerate, or a compiled module)"
     return None
 

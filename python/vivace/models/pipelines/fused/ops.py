@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivace.errors import BackendError
 from vivace.kernels.spec import REFERENCE, Choice, choose
 
 OPS = ("adaln_modulate", "gated_residual", "gelu", "norm_modulate", "qk_norm_rope")
@@ -45,7 +44,8 @@ def norm_problem(norm: Any, dtype: torch.dtype) -> str | None:
 
 
 class Ops:
-    """The ops for tensors of one dtype; `backend` None leaves the choice to each call.
+    """The ops for tensors of one dtype; `backend` None leaves the choice to each call. Raises BackendError for a named
+    backend that cannot run.
 
     choices: backend and reason of every op that runs faster than plain torch here; problems: the reason of the others.
     """
@@ -58,11 +58,7 @@ class Ops:
         for name in OPS:
             home = import_module(f"vivace.kernels.{name}")
             self.calls[name] = getattr(home, name)
-            try:
-                choice = choose(home.SPEC, device.type, str(dtype)[6:], backend)
-            except BackendError as error:
-                self.problems[name] = str(error)
-                continue
+            choice = choose(home.SPEC, device.type, str(dtype)[6:], backend)
             if choice.backend == REFERENCE and not choice.reason.startswith("asked for"):
                 self.problems[name] = f"{name} has no fast backend: {choice.reason}"
             else:

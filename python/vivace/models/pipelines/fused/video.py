@@ -55,7 +55,7 @@ def ltx(
     table = block.scale_shift_table
     if table.dtype is not hidden_states.dtype or not ops.ready(temb):
         return NotImplemented
-    vectors = (table[None, None] + temb.unflatten(2, (table.shape[0], -1))).unbind(2)
+    vectors = (table[None, None] + temb.reshape(*temb.shape[:2], table.shape[0], -1)).unbind(2)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors
     update = block.attn1(
         hidden_states=ops.norm(block.norm1, hidden_states, scale, shift),
@@ -167,7 +167,7 @@ def hunyuan_dit(
     skip: Tensor | None = None,
 ) -> Any:
     """HunyuanDiTBlock: the second half of the blocks reads what the first half wrote."""
-    if block.skip_linear is not None:
+    if block.skip_linear is not None and skip is not None:
         hidden_states = block.skip_linear(block.skip_norm(torch.cat([hidden_states, skip], dim=-1)))
     rotation = {"image_rotary_emb": image_rotary_emb}
     update = block.attn1(block.norm1(hidden_states, temb), **rotation)
