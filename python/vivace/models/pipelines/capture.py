@@ -121,6 +121,7 @@ def hear(
     result: Tensor | None = None,
     spoken: Sequence[Any] = (),
     cache: PromptCache | None = None,
+    vae: Any = None,
     steps: int = 1,
 ) -> Heard:
     """Run `pipeline(**arguments)` for one step on stand-ins; pipeline, parts and torch's generators stay as they are.
@@ -131,6 +132,7 @@ def hear(
         result: what the step returns, shaped like its latents or with one row; None ends the run at the step.
         spoken: what `encode_prompt` returned in an earlier run with the same arguments, in place of encoding again.
         cache: where results of `encode_prompt` are kept and looked for.
+        vae: the decoder in place of the pipeline's own.
         steps: what the scheduler is asked for; it runs one of them.
     Raises: whatever the pipeline raises.
     """
@@ -143,7 +145,7 @@ def hear(
         return result.to(latent.device, latent.dtype).expand(latent.shape)
 
     scheduler = OneStep(pipeline.scheduler, timestep, stepped)
-    stand = _stand_in(pipeline, scheduler, {name: _listening(n, heard, answer) for name, n in networks.items()})
+    stand = _stand_in(pipeline, scheduler, {name: _listening(n, heard, answer) for name, n in networks.items()}, vae)
     overrides: dict[str, Any] = {"maybe_free_model_hooks": lambda: None}
     if hasattr(pipeline, "encode_prompt"):
         overrides["encode_prompt"] = _speaking(stand, heard.spoken, spoken, cache)
@@ -161,12 +163,12 @@ def hear(
     return heard
 
 
-def _stand_in(pipeline: Any, scheduler: OneStep, networks: Mapping[str, Any]) -> Any:
+def _stand_in(pipeline: Any, scheduler: OneStep, networks: Mapping[str, Any], vae: Any) -> Any:
     """A copy of a pipeline with other parts; what is set on it stays on it."""
     stand = copy.copy(pipeline)
     stand.__dict__ |= {"scheduler": scheduler, "_progress_bar_config": {"disable": True}, **networks}
     if stand.__dict__.get("vae") is not None:
-        stand.__dict__["vae"] = fork(stand.vae)  # some keep what they decode in attributes
+        stand.__dict__["vae"] = fork(stand.vae) if vae is None else vae  # some keep what they decode in attributes
     return stand
 
 
@@ -175,7 +177,8 @@ def _listening(network: Any, heard: Heard, answer: Callable[[int, Tensor], Tenso
     names = argument_names(network)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
+        found = dict(zip(names, args, strict=False)) | kwargs
+        given = {name: found.pop(name) for name in names if name in found} | found  # in the order of the forward
         heard.calls.append(given)
         prediction = _widened(network, answer(len(heard.calls) - 1, given[names[0]]))
         return (prediction,) if given.get("return_dict") is False else Predicted(prediction)

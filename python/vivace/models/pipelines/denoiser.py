@@ -20,6 +20,7 @@ from vivace.errors import PromptError, ShapeError, UnsupportedError
 from vivace.models import pictures
 from vivace.models.pipelines.capture import Heard, argument_names, hear
 from vivace.models.pipelines.conditions import Condition, Inputs, inputs_of, merge
+from vivace.models.pipelines.decode import DecodeReport, decoder_view
 from vivace.models.pipelines.families import plain
 from vivace.models.pipelines.prompting import SCALE, Prompting
 
@@ -105,6 +106,7 @@ class PipelineDenoiser(NetworkDenoiser):
 
     def __init__(self, prompting: Prompting, networks: Mapping[str, Any], spec: ModelSpec, lock: Any) -> None:
         self.prompting, self.pipeline, self._lock = prompting, prompting.pipeline, lock
+        self._decoded: DecodeReport | None = None
         main = next(iter(networks.values()))
         device = self.pipeline._execution_device if networks == prompting.networks else main.device
         with lock:
@@ -129,9 +131,10 @@ class PipelineDenoiser(NetworkDenoiser):
         Raises: PromptError.
         """
         arguments = self.prompting.arguments(prompt)
+        cache = None if arguments.get("prompt") is None else self.prompting.cache
         with self._lock:
             try:
-                heard = self._hear(arguments, cache=self.prompting.cache)
+                heard = self._hear(arguments, cache=cache)
             except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
                 name = type(self.pipeline).__name__
                 raise PromptError(
@@ -172,10 +175,18 @@ class PipelineDenoiser(NetworkDenoiser):
         if getattr(self.pipeline, "vae", None) is None:
             return []
         images: list[Any] = []
+        vae, decode = None, self.prompting.decode
         with self._lock:
             for latent in latents:
-                images += self._hear(self._example, result=latent[None], spoken=self._spoken).output[0]
+                if decode is not None:
+                    vae, self._decoded = decoder_view(self.pipeline.vae, decode)
+                images += self._hear(self._example, result=latent[None], spoken=self._spoken, vae=vae).output[0]
         return images
+
+    def reports(self) -> dict[str, Any]:
+        """What text encoding and decoding did: the prompt cache in all, and the last decode; for the receipt."""
+        decoded = None if self._decoded is None else self._decoded.to_dict()
+        return {"prompts": self.prompting.cache.summary(), "decode": decoded}
 
     def to_latent(self, image: Any) -> Tensor:
         """The latent of a picture (PIL or path) by the pipeline's image-to-image sibling; a tensor is a latent already.

@@ -26,6 +26,7 @@ from vivace.models.checkpoint import read_object
 from vivace.models.load import prediction_of
 from vivace.models.pipe import check_counts, device_of, dtype_of
 from vivace.models.pipelines.capture import Heard, argument_names, hear
+from vivace.models.pipelines.decode import DecodeOptions
 from vivace.models.pipelines.denoiser import BareDenoiser, Manner, NetworkDenoiser, PipelineDenoiser, latent_of, rows_of
 from vivace.models.pipelines.families import Family, family_of, plain
 from vivace.models.pipelines.planned import expert_boundary
@@ -68,6 +69,7 @@ def open_foreign(
     revision: str | None = None,
     variant: str | None = None,
     call: Mapping[str, Any] | None = None,
+    decode: DecodeOptions | None = None,
     latent_shape: Sequence[int] | None = None,
 ) -> ForeignPipe:
     """See `vivace.load`."""
@@ -88,10 +90,10 @@ def open_foreign(
             raise ArgumentError(
                 "load: latent_shape is for bare networks; a pipeline has call={'height': ..., 'width': ...}"
             )
-        return PipelinePipe(_with_scheduler(source, scheduler), call or {})
+        return PipelinePipe(_with_scheduler(source, scheduler), call or {}, decode)
     if isinstance(source, torch.nn.Module) and hasattr(source, "config"):
-        if call:
-            raise ArgumentError("load: call is for pipelines; a bare network takes latent_shape")
+        if call or decode:
+            raise ArgumentError("load: call and decode are for pipelines; a bare network takes latent_shape")
         return NetworkPipe(source, scheduler, None if latent_shape is None else tuple(latent_shape))
     raise UnsupportedError(
         f"load: a {type(source).__name__} object; need a diffusers pipeline, a transformer or UNet of diffusers, a "
@@ -175,10 +177,10 @@ class ForeignPipe:
 class PipelinePipe(ForeignPipe):
     """A diffusers pipeline. The object is used as it is and never changed; weights are shared."""
 
-    def __init__(self, pipeline: Any, call: Mapping[str, Any]) -> None:
+    def __init__(self, pipeline: Any, call: Mapping[str, Any], decode: DecodeOptions | None) -> None:
         super().__init__()
         self.pipeline = pipeline
-        self.prompting = Prompting(pipeline, dict(call))
+        self.prompting = Prompting(pipeline, dict(call), decode)
         self.networks = self.prompting.networks
 
     @cached_property

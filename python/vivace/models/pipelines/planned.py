@@ -36,11 +36,13 @@ class Arguments:
 class Effective:
     """What a call runs.
 
-    plan: of the full run, its tail not taken yet; own: the pipeline's scheduler does the arithmetic; silent: the plan
-    says nothing about guidance, so that the pipeline's own applies; warnings: options of the call without effect.
+    plan, digest: of the full run, its tail not taken yet, and its hash; own: the pipeline's scheduler does the
+    arithmetic; silent: the plan says nothing about guidance, so that the pipeline's own applies; reason: of `own`;
+    warnings: options of the call without effect.
     """
 
     plan: Plan
+    digest: str
     own: bool
     silent: bool
     reason: str
@@ -57,17 +59,19 @@ class Planner:
 
     plan: Plan | None
     own: bool = True
+    steps: int | None = field(init=False)
     _made: dict[Any, Effective] = field(default_factory=dict)
 
     kept = 32  # plans remembered
 
-    @property
-    def steps(self) -> int | None:
-        """Steps the plan was made for: what `num_inference_steps` means; None without a plan."""
+    def __post_init__(self) -> None:
+        """`steps`: what the plan was made for, and `num_inference_steps` means; None without a plan."""
         if self.plan is None:
-            return None
-        recipe = self.plan.recipe
-        return self.plan.nfe if recipe is None else int(recipe.arguments.to_dict()["steps"])
+            self.steps = None
+        elif self.plan.recipe is None:
+            self.steps = self.plan.nfe
+        else:
+            self.steps = int(self.plan.recipe.arguments.to_dict()["steps"])
 
     @property
     def scale(self) -> float | None:
@@ -146,8 +150,8 @@ class Planner:
             ]
         other = self._other_than(own, plan, style) if own is not None else why
         if other is None and not warnings:
-            return Effective(plan, True, self.silent, "the plan is what the pipeline's scheduler does")
-        return Effective(plan, False, self.silent, other or warnings[0], tuple(warnings))
+            return Effective(plan, plan.hash, True, self.silent, "the plan is what the pipeline's scheduler does")
+        return Effective(plan, plan.hash, False, self.silent, other or warnings[0], tuple(warnings))
 
     def _other_than(self, own: Plan, plan: Plan, style: CallStyle | None) -> str | None:
         """Why the pipeline and its scheduler do not compute exactly what `plan` says; None when they do."""

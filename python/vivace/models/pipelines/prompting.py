@@ -13,6 +13,7 @@ import torch
 from vivace.errors import ArgumentError, PromptError, UnsupportedError
 from vivace.models.pipelines.calls import CallStyle, call_style
 from vivace.models.pipelines.capture import networks_of
+from vivace.models.pipelines.decode import DecodeOptions, decoder_view
 from vivace.models.pipelines.prompts import PromptCache
 
 SCALE = 3.0  # guidance while recording: both branches run
@@ -33,10 +34,15 @@ LENGTH = 8  # tokens of an empty prompt where the network leaves it open
 
 @dataclass
 class Prompting:
-    """A pipeline and the arguments every call of it has (`call`: sizes and such); cache: of its prompt embeddings."""
+    """A pipeline and how it is asked.
+
+    call: arguments every call of it has, sizes and such; decode: how its VAE decodes, None: as it is; cache: of its
+    prompt embeddings.
+    """
 
     pipeline: Any
     call: Mapping[str, Any] = field(default_factory=dict)
+    decode: DecodeOptions | None = None
     cache: PromptCache = field(default_factory=PromptCache)
 
     def __post_init__(self) -> None:
@@ -51,6 +57,8 @@ class Prompting:
                 f"load: {name} starts from pictures; pass its text-to-image sibling "
                 "(diffusers.AutoPipelineForText2Image.from_pipe), and the picture to the session: session(image=...)"
             )
+        if self.decode is not None:
+            decoder_view(self.pipeline.vae, self.decode)  # refuses what this VAE cannot do
         if not self.networks:
             raise UnsupportedError(f"load: {name} has no transformer or unet; pass its network by itself")
 

@@ -13,7 +13,7 @@ from vivace.models.pipelines.branches import batch_of
 from vivace.models.pipelines.calls import CallStyle
 from vivace.models.pipelines.driven import Driven
 from vivace.models.pipelines.planned import Arguments, Effective, Planner
-from vivace.models.pipelines.scheduling import scheduler_of
+from vivace.models.pipelines.scheduling import arguments_of, scheduler_of
 from vivace.models.pipelines.views import view
 
 
@@ -50,7 +50,7 @@ class Run:
     # --- the scheduler's methods; `own` is the original one -----------------------------------------------------------
     def set_timesteps(self, own: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """The plan's rows as timesteps of the run."""
-        bound = inspect.signature(own).bind(*args, **kwargs).arguments
+        bound = arguments_of(own, args, kwargs)
         given: dict[str, Any] = {name: bound.get(name) for name in ("timesteps", "sigmas", "mu")}
         count = bound.get("num_inference_steps")
         listed = given["timesteps"] if given["timesteps"] is not None else given["sigmas"]
@@ -108,8 +108,7 @@ class Run:
         if self.driven is None:
             result = own(*args, **kwargs)
         else:
-            bound = inspect.signature(own).bind(*args, **kwargs)
-            given = bound.arguments
+            given = arguments_of(own, args, kwargs)
             generator = given.get("generator", self.call.values.get("generator"))  # not every `step` takes one
             x = self.driven.advance(given["model_output"], given["timestep"], given["sample"], generator)
             result = (x, x) if given.get("return_dict") is False else _Stepped(x)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
@@ -20,6 +22,16 @@ def scheduler_of(scheduler: Any, run: Any) -> Any:
     made.__class__ = _driven(type(scheduler))
     made.__dict__[_RUN] = run
     return made
+
+
+def arguments_of(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call of a bound method by name, defaults left out."""
+    return dict(_signature(method.__func__).bind(None, *args, **kwargs).arguments)
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 @cache

@@ -22,7 +22,7 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
     both = effective.silent and run.guided
     branches = [2 if both else len(step.branches) for step in plan.steps if step.variant is not None][run.begin :]
     return Receipt(
-        plan_hash=plan.hash,
+        plan_hash=effective.digest,
         executor="pipeline",
         device=str(device),
         dtype=str(next(iter(run.networks.values())).dtype).removeprefix("torch."),

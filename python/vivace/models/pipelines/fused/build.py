@@ -100,7 +100,7 @@ class Builder:
 
     def _processor(self, name: str, module: Any) -> Any:
         """Our processor for an attention; None for any other module, or when the attention keeps its own."""
-        plain = module.__dict__.get("processor")
+        plain = getattr(module, "processor", None) if hasattr(module, "set_processor") else None
         if plain is None or attention.nothing_to_fuse(module):
             return None
         reason = attention.attention_problem(module, self.ops.dtype) or self.ops.problems.get("qk_norm_rope")
