@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -240,6 +241,43 @@ def accelerates(name: str) -> None:
     assert torch.equal(_picture(pipe, TINY[name]), plain)
 
 
+def follows_a_plan(name: str) -> None:
+    """With the fused step and own kernels the picture is the plain one up to rounding."""
+    pipe = make(name)
+    plain = _picture(pipe, TINY[name])
+    vivace.accelerate(pipe, arithmetic="plan")
+    picture = _picture(pipe, TINY[name])
+    assert vivace.receipt(pipe).kernels[0].backend == "plan"
+    assert float((picture - plain).abs().max()) < 2e-5 * float(plain.abs().max())
+
+
+def gives_memory_back(name: str) -> None:
+    """After `restore` no tensor lives that did not live before."""
+    pipe = make(name)
+    _picture(pipe, TINY[name])
+    gc.collect()
+    gc.freeze()  # imported libraries hold a million objects: they are not looked at again
+    try:
+        kept = []  # after plain calls: a pipeline holds on to things of its last one
+        for _ in range(2):
+            _picture(pipe, TINY[name])
+            gc.collect()
+            kept.append(_bytes_alive())
+            for arithmetic in ("auto", "plan"):
+                vivace.accelerate(pipe, arithmetic=arithmetic)
+                _picture(pipe, TINY[name])
+                vivace.restore(pipe)
+        assert kept[1] <= kept[0]
+    finally:
+        gc.unfreeze()
+
+
+def _bytes_alive() -> int:
+    """Bytes of the tensors the collector sees. Types are asked, since isinstance would wake lazy modules."""
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+
 @dataclass(frozen=True)
 class Check:
     """A claim about a family: `title` heads its column in the documentation; `run(name)` raises when it is wrong.
@@ -265,6 +303,11 @@ ON_NETWORKS: dict[str, Callable[[Network], None]] = {
     "two threads": serves_two_threads,
     "spec": says_its_spec,
 }
-CHECKS: dict[str, Check] = {"accelerated": Check("accelerated, restored", cache(accelerates))} | {
-    title.replace(" ", "_"): Check(title, cache(partial(_each, holds))) for title, holds in ON_NETWORKS.items()
+ON_PIPELINES: dict[str, Callable[[str], None]] = {
+    "accelerated, restored": accelerates,
+    "fused step": follows_a_plan,
+    "memory back": gives_memory_back,
 }
+CHECKS: dict[str, Check] = {
+    title.split(",")[0].replace(" ", "_"): Check(title, cache(holds)) for title, holds in ON_PIPELINES.items()
+} | {title.replace(" ", "_"): Check(title, cache(partial(_each, holds))) for title, holds in ON_NETWORKS.items()}

@@ -1,6 +1,5 @@
 """`vivace.accelerate` on every family: the same bits with the scheduler's own plan, everything back after `restore`."""
 
-import gc
 import pickle
 
 import pytest
@@ -118,37 +117,18 @@ def test_rows_outside_the_interval_evaluate_one_branch(pipes, name):
         getattr(pipe, part)._forward_pre_hooks_with_kwargs.clear()
 
 
-@pytest.fixture
-def frozen():
-    """What lives now is not looked at again by the collector: imported libraries hold a million objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("name", ALL)
-def test_restore_leaves_the_object_as_it_was_and_gives_memory_back(name, frozen):
+def test_restore_leaves_the_object_as_it_was(name):
     pipe = tiny.make(name)
     run(pipe, name)
     kind, state, scheduler = type(pipe), dict(pipe.__dict__), pickle.dumps(pipe.scheduler.__dict__)
     modules = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     weights = {key: [(p.data_ptr(), p._version) for p in part.parameters()] for key, part in modules.items()}
     inside = {key: {n: dict(m.__dict__) for n, m in part.named_modules()} for key, part in modules.items()}
-    gc.collect()
-    before = tensors()
     for arithmetic in ("auto", "plan"):
         accelerated(pipe, name, arithmetic=arithmetic)
-    gc.collect()
     assert type(pipe) is kind and pipe.__dict__.keys() == state.keys()
     assert all(pipe.__dict__[key] is part for key, part in modules.items())
     assert pickle.dumps(pipe.scheduler.__dict__) == scheduler
     assert weights == {key: [(p.data_ptr(), p._version) for p in part.parameters()] for key, part in modules.items()}
     assert {key: {n: dict(m.__dict__) for n, m in part.named_modules()} for key, part in modules.items()} == inside
-    assert tensors() <= before + sum(t.nbytes for t in ALL[name].arguments().values() if isinstance(t, torch.Tensor))
-
-
-def tensors():
-    """Bytes of all tensors that are alive."""
-    alive = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]  # isinstance wakes lazy modules
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())

@@ -1,4 +1,4 @@
-"""The manners of an accelerated pipeline: steps, guidance, callbacks, generators, threads, adapters, hooks, mistakes."""
+"""The manners of an accelerated pipeline: steps, guidance, callbacks, draws, threads, adapters, hooks, mistakes."""
 
 import copy
 import threading

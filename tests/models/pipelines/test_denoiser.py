@@ -8,6 +8,7 @@ import torch
 from tests.models.pipelines.tiny import FAMILIES, STEPS, VARIANTS, embeddings, make, picture
 
 import vivace
+from vivace.models.pipelines.decode import DecodeOptions
 
 SIZES = ("height", "width", "num_frames", "use_resolution_binning", "clean_caption")
 # Combine branches in a way of their own, which no plan does: compared without guidance.
@@ -204,6 +205,17 @@ def test_other_dtypes_run_on_copies(name):
     assert next(iter(pipe.networks.values())).dtype == torch.float32
 
 
+def test_decoding_as_asked_is_reported():
+    whole, options = load("sd15"), DecodeOptions(precision="bf16")
+    plan = whole.plan(1)
+    low = vivace.load(built("sd15"), call=sizes("sd15"), decode=options).compile(plan)
+    exact, lowered = (session(prompt_of("sd15"), seed=1) for session in (whole.compile(plan), low))
+    assert torch.equal(exact.latents, lowered.latents)
+    apart = np.abs(np.array(exact.images[0], dtype=int) - np.array(lowered.images[0]))
+    assert 0 < apart.max() < 32
+    assert low.denoiser.reports()["decode"]["dtype"] == "bfloat16"
+
+
 def test_sixteen_threads_get_the_pictures_of_one():
     pipe = load("sd3")
     plans = [plan_of("sd3", pipe, steps, scale) for steps, scale in ((1, 2.0), (2, 5.0))]
@@ -215,14 +227,16 @@ def test_sixteen_threads_get_the_pictures_of_one():
     asked = [
         {"prompt": prompts[i % 5], "plan": plans[i % 2], "seed": i, "guidance_scale": 1.0 + i % 4} for i in range(25)
     ]
-    wanted = [session(**request).latents for request in asked]
+    wanted = [session(**request) for request in asked]
     found, failed = {}, []
 
     def work(thread):
         try:
             for i in range(25):
                 j = (i + thread * 3) % 25
-                found[thread, i] = bool(torch.equal(session(**asked[j]).latents, wanted[j]))
+                got = session(**asked[j])
+                same = got.images[0].tobytes() == wanted[j].images[0].tobytes()
+                found[thread, i] = same and torch.equal(got.latents, wanted[j].latents)
         except Exception as error:
             failed.append(error)
 

@@ -336,6 +336,7 @@ def test_the_fingerprint_follows_the_weights_and_is_kept_while_they_stay(monkeyp
         ({"source": lambda: make("sd3"), "call": {"latents": 2}}, vivace.ArgumentError, "the plan and the session"),
         ({"source": lambda: make("sd3"), "latent_shape": (4, 8, 8)}, vivace.ArgumentError, "bare networks"),
         ({"source": lambda: make("sd3").transformer, "call": SIZE}, vivace.ArgumentError, "pipelines"),
+        ({"source": lambda: make("sd3"), "scheduler": {}}, vivace.ArgumentError, "scheduler object"),
         ({"source": lambda: make("img2img_sd")}, vivace.UnsupportedError, "AutoPipelineForText2Image"),
         ({"source": "emoji", "variant": "fp16"}, vivace.ArgumentError, "variant"),
         ({"source": "nowhere"}, vivace.ModelError, "nowhere"),
@@ -346,6 +347,11 @@ def test_what_cannot_be_loaded_says_why(options, error, fragment):
     source = options["source"]
     with pytest.raises(error, match=fragment):
         vivace.load(**options | {"source": source() if type(source).__name__ == "function" else source})
+
+
+def test_a_pipeline_that_cannot_run_says_what_to_give():
+    with pytest.raises(vivace.UnsupportedError, match=r"LTXPipeline.*divisible by 32.*call=\{"):
+        print(vivace.load(make("ltx"), call={"height": 20, "width": 32}).spec)
 
 
 def test_another_scheduler_can_be_given():
