@@ -18,11 +18,15 @@ from vivace.engine.plan import Variant
 
 
 class Denoiser(Protocol):
-    """A network the executors can run. It holds weights only; everything of a request is an argument."""
+    """A network the executors can run. It holds weights only; everything of a request is an argument.
+
+    models: names of its networks as plans call them, "main" first.
+    """
 
     spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
+    models: tuple[str, ...]
 
     def encode(self, prompt: Any) -> Any:
         """The condition of a prompt, opaque to the engine. Raises PromptError before any work starts."""
@@ -40,6 +44,10 @@ class Denoiser(Protocol):
 
     def to_images(self, latents: Tensor) -> list[Any]:
         """Latents [n, ...] as PIL pictures."""
+        ...
+
+    def reports(self) -> dict[str, Any]:
+        """What text encoding and decoding did, for the receipt; plain data."""
         ...
 
 
@@ -101,6 +109,8 @@ class Parts(Protocol):
 class CallableDenoiser:
     """A plain function denoiser(x, t) or denoiser(x, t, branch=...) as a `Denoiser` for `vivace.sample`."""
 
+    models: tuple[str, ...] = ("main",)
+
     def __init__(self, call: Callable[..., Tensor], prediction: str, shape: tuple[int, ...], like: Tensor) -> None:
         self.call = call
         self.device, self.dtype = like.device, like.dtype
@@ -122,3 +132,6 @@ class CallableDenoiser:
 
     def to_images(self, latents: Tensor) -> list[Any]:
         return []
+
+    def reports(self) -> dict[str, Any]:
+        return {}

@@ -101,7 +101,7 @@ def replan(recipe: Recipe, **changes: Any) -> Plan:
 
 def _cut(args: Args) -> bool:
     """A pass that does something to some rows only."""
-    return args.to_dict().get("interval", (0.0, 1.0)) != (0.0, 1.0)
+    return bool(args.to_dict().get("interval", (0.0, 1.0)) != (0.0, 1.0))
 
 
 def _within(args: Args, full: int, rows: int) -> Args | None:

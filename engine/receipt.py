@@ -203,5 +203,6 @@ def make_receipt(
         one_by_one=executor.one_by_one,
         warnings=warnings,
         versions={"vivace": __version__, "torch": torch.__version__},
+        details={name: report for name, report in denoiser.reports().items() if report is not None},
         events=events,
     )

@@ -32,11 +32,12 @@ class EagerExecutor:
     def check(self, plan: Plan) -> None:
         """Everything except reuse of blocks, dropped tokens, per-row precision and guards."""
         full = 1.0 if plan.binding is None else float(plan.binding.tokens)
+        models = len(self.denoiser.models) > 1
         for i, step in enumerate(plan.steps):
             why = "a run-time guard" if step.guard is not None else ""
             why = why or ("further network inputs" if step.net_inputs else "")
             if step.variant is not None:
-                why = why or beyond(step.variant, full)
+                why = why or beyond(step.variant, full, models=models)
             if why:
                 raise UnsupportedError(f"step {i}: the eager executor does not run {why}; drop it from the plan")
 

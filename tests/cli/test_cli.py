@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from PIL import Image
+from tests.models.pipelines import tiny
 
 from vivace.cli import run
 
@@ -41,6 +42,20 @@ def test_generate_makes_a_grid_and_one_json_object(capsys, tmp_path):
     assert all(p["name"] and p["receipt"]["nfe"] == 3 for p in data["prompts"])
     with Image.open(out) as picture:
         assert picture.width > 64 and picture.height > 64
+
+
+def test_generate_draws_with_a_folder_of_diffusers(capsys, tmp_path):
+    tiny.make("dit").save_pretrained(tmp_path / "model")
+    out = tmp_path / "three.png"
+    options = ["--model", tmp_path / "model", "--steps", 2, "--out", out]
+    data = json_of(capsys, "generate", 3, *options)
+    assert data["prompts"][0]["receipt"]["branch_evals"] == 4  # its call's guidance by default
+    plain = json_of(capsys, "generate", 3, *options, "--solver", "unipc", "--guidance", 1)
+    assert plain["prompts"][0]["receipt"]["branch_evals"] == 2
+    with Image.open(out) as picture:
+        assert picture.width == picture.height
+    code, _, err = call(capsys, "generate", "a word", *options)
+    assert code == 2 and "need a class from 0 to 999" in err
 
 
 def test_same_seed_same_bytes_whatever_the_company(capsys, tmp_path):

@@ -13,6 +13,8 @@ SHAPE = (3, 8, 8)
 class Toy:
     """Elementwise network in float32; counts its calls and the samples of each."""
 
+    models = ("main",)
+
     def __init__(self, prediction="v", coupled=False):
         self.spec = ModelSpec("toy", "0" * 64, prediction, SHAPE, 4, (4, 4))
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -34,6 +36,9 @@ class Toy:
 
     def to_latent(self, image):
         return torch.as_tensor(image)
+
+    def reports(self):
+        return {}
 
     def to_images(self, latents):
         return [f"image {i}" for i in range(len(latents))]

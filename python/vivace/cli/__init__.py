@@ -173,11 +173,11 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Where the time goes: per phase, row and kernel."""
-    from vivace.models.pipe import choose_plan, load
+    from vivace.models.pipe import load
     from vivace.profile.request import profile_request
 
     pipe = load(model)
-    chosen = choose_plan(pipe.model, plan, solver, steps, guidance)
+    chosen = pipe.choose_plan(plan, solver, steps, guidance)
     report = profile_request(pipe.compile(chosen, backend=backend, threads=threads), prompt, n=n, trace=trace)
     _print(report.to_dict(top), report.table(top), as_json)
 

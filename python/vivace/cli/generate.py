@@ -15,7 +15,8 @@ from PIL import Image
 from vivace.engine.plan import Plan
 from vivace.errors import ArgumentError
 from vivace.models import pictures
-from vivace.models.pipe import Pipe, choose_plan, load
+from vivace.models.pipe import Pipe, load
+from vivace.models.prompts import Match
 
 
 def generate_pictures(
@@ -42,9 +43,9 @@ def generate_pictures(
         raise ArgumentError(f"guidance {guidance}; a finite number is needed")
     pictures.check_writable(out)
     pipe = load(model)
-    chosen = choose_plan(pipe.model, plan, solver, steps, guidance)
+    chosen = pipe.choose_plan(plan, solver, steps, guidance)
     results = _run(pipe, chosen, prompts, n=n, seed=seed, guidance=guidance, backend=backend, threads=threads)
-    images = [image for result in results for image in result.images]
+    images = [frame for result in results for image in result.images for frame in _frames(image)]
     sheet = images[0] if len(images) == 1 else pictures.grid(images)
     if scale > 1:
         sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.LANCZOS)
@@ -60,7 +61,7 @@ def generate_pictures(
 
 
 def _run(
-    pipe: Pipe,
+    pipe: Any,
     plan: Plan,
     prompts: Sequence[str],
     *,
@@ -73,8 +74,9 @@ def _run(
     """All prompts row by row in one batch, with a progress bar on a terminal."""
     from vivace.engine.request import Request
 
-    for prompt in prompts:
-        pipe.model.prompts.find(prompt)
+    if isinstance(pipe, Pipe):
+        for prompt in prompts:
+            pipe.model.prompts.find(prompt)
     session = pipe.compile(plan, backend=backend, threads=threads, batch=n * len(prompts))
     guided = any(ref.name == "guidance_scale" for ref in session.plans[0].inputs)
     scale = guidance if guided else None
@@ -87,20 +89,18 @@ def _run(
     return [session.finish(state) for state in states]
 
 
+def _frames(image: Any) -> list[Image.Image]:
+    """A picture, or the frames of a video."""
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
 def _report(prompts: Sequence[str], results: Sequence[Any], out: Path) -> tuple[dict[str, Any], str]:
     found, lines = [], []
     for prompt, result in zip(prompts, results, strict=True):
-        match = result.condition
-        found.append(
-            {
-                "prompt": prompt,
-                "id": match.id,
-                "name": match.name,
-                "codepoint": match.codepoint,
-                "how": match.how,
-                "receipt": result.receipt.to_dict(),
-            }
-        )
-        lines.append(f"{prompt!r} -> {match.name!r} {match.codepoint} ({match.how})")
+        match, entry = result.condition, {"prompt": prompt}
+        if isinstance(match, Match):
+            entry |= {"id": match.id, "name": match.name, "codepoint": match.codepoint, "how": match.how}
+            lines.append(f"{prompt!r} -> {match.name!r} {match.codepoint} ({match.how})")
+        found.append({**entry, "receipt": result.receipt.to_dict()})
     lines += [str(results[0].receipt), f"wrote {out}"]
     return {"out": str(out), "prompts": found}, "\n".join(lines)

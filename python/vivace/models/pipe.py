@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from vivace.engine.bind import ModelSpec
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.planning import make_plan
-from vivace.errors import ArgumentError, BackendError, UnsupportedError
+from vivace.errors import ArgumentError, BackendError
 from vivace.models import pictures
 from vivace.models.load import LoadedModel, OpenModel
 from vivace.models.load import load as load_model
@@ -23,10 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vivace.engine.session import Session
+    from vivace.models.pipelines.decode import DecodeOptions
+    from vivace.models.pipelines.open import ForeignPipe
 
 
 class ClassDenoiser:
     """The native DiT as the engine's `Denoiser`: conditions are classes found by prompt, uncond is the null label."""
+
+    models: tuple[str, ...] = ("main",)
 
     def __init__(self, model: LoadedModel) -> None:
         self.model, self.spec = model, model.spec
@@ -58,6 +61,10 @@ class ClassDenoiser:
         """PIL pictures of latents; none for a model whose latents are not pixels."""
         return pictures.to_images(latents) if self.model.pixels else []
 
+    def reports(self) -> dict[str, Any]:
+        """Nothing: prompts are class names, pictures are latents."""
+        return {}
+
 
 class Pipe:
     """A loaded model. It holds weights and nothing of any request; `compile` makes sessions."""
@@ -74,6 +81,10 @@ class Pipe:
     def card(self) -> Mapping[str, Any]:
         """Defaults of the model: "guidance_scale", "solver", "steps"."""
         return self.model.card
+
+    def choose_plan(self, path: Path | None, solver: str | None, steps: int | None, guidance: float | None) -> Plan:
+        """A plan file, or the card's plan with solver, steps and guidance in its place."""
+        return plan_file(path, solver, steps) or default_plan(self.model, solver, steps, guidance)
 
     def compile(
         self,
@@ -100,10 +111,8 @@ class Pipe:
         from vivace.engine.executors import make_executor
         from vivace.engine.session import Session
 
-        for name, value in (("threads", threads), ("batch", batch)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"compile: {name} is {value!r}; a positive integer is needed")
-        denoiser = ClassDenoiser(self._placed(_device(device), _dtype(dtype)))
+        check_counts(threads=threads, batch=batch)
+        denoiser = ClassDenoiser(self._placed(device_of(device), dtype_of(dtype)))
         return Session(
             denoiser,
             [plan] if isinstance(plan, Plan) else list(plan),
@@ -126,18 +135,47 @@ class Pipe:
         return moved
 
 
-def load(source: str | PathLike[str], *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> Pipe:
-    """Load a model: the name of a bundled one ("emoji"), or a folder in the diffusers DiT format (safetensors only).
+def load(
+    source: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    scheduler: Any = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    decode: DecodeOptions | None = None,
+    latent_shape: Sequence[int] | None = None,
+) -> Pipe | ForeignPipe:
+    """Load a model: a bundled name, a folder, a name in the hub cache, a diffusers pipeline, or a bare network of one.
 
-    Raises: ModelError, naming the path and what to do; UnsupportedError for pipeline objects.
+    Args:
+        source: "emoji"; a folder in the diffusers format, or "org/name" (HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are
+            honoured), safetensors only; a pipeline object, used as it is; a transformer or UNet.
+        device, dtype: of weights that are read; None is the CPU and float32 (foreign folders: as stored).
+        scheduler: a diffusers scheduler, or for folders of the native DiT and bare networks its configuration.
+        revision, variant: of a hub name; of weight files, such as "fp16".
+        call: arguments of every call of a pipeline, such as height, width, num_frames.
+        decode: how a pipeline's VAE decodes, tiled or in bfloat16; None is as it is.
+        latent_shape: of a bare network, without batch axis; None is the family's.
+    Raises: ModelError, naming the path and what to do; ArgumentError; UnsupportedError for what cannot be driven.
     """
-    if not isinstance(source, (str, PathLike)):
-        raise UnsupportedError(f"load: a {type(source).__name__} object; this release loads folders and bundled names")
     try:
         import torch  # noqa: F401 - the network needs it; plans do not
     except ImportError:
         raise BackendError("load: torch is not installed; pip install 'vivace[torch]'") from None
-    return Pipe(load_model(source, device=device, dtype=_dtype(dtype)))
+    from vivace.models.pipelines.sources import is_foreign
+
+    foreign = {"revision": revision, "variant": variant, "call": call, "decode": decode}
+    foreign["latent_shape"] = latent_shape
+    if is_foreign(source):
+        from vivace.models.pipelines.open import open_foreign
+
+        return open_foreign(source, device=device, dtype=dtype_of(dtype), scheduler=scheduler, **foreign)
+    for name, value in foreign.items():
+        if value is not None:
+            raise ArgumentError(f"load: {name}={value!r} has no meaning for {str(source)!r}, a model in the DiT format")
+    return Pipe(load_model(source, device=device or "cpu", dtype=dtype_of(dtype), scheduler=scheduler))
 
 
 def default_plan(
@@ -162,18 +200,24 @@ def default_plan(
     return plan if scale == 1.0 else apply_guidance(plan, scale, interval=interval)
 
 
-def choose_plan(
-    model: OpenModel, path: Path | None, solver: str | None, steps: int | None, guidance: float | None
-) -> Plan:
-    """A plan file, or the model's default with solver, steps and guidance in its place."""
+def plan_file(path: Path | None, solver: str | None, steps: int | None) -> Plan | None:
+    """The plan of a file, which decides solver and steps; None without a file."""
     if path is None:
-        return default_plan(model, solver, steps, guidance)
+        return None
     if solver is not None or steps is not None:
         raise ArgumentError("--plan decides solver and steps; drop --solver and --steps, or drop --plan")
     return Plan.load(path)
 
 
-def _device(name: str | torch.device) -> torch.device:
+def check_counts(**counts: int | None) -> None:
+    """Raise ArgumentError unless each is None or a positive integer."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ArgumentError(f"compile: {name} is {value!r}; a positive integer is needed")
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The torch device of that name; "auto" is a GPU when torch finds one. Raises ArgumentError, BackendError."""
     import torch
 
     if name == "auto":
@@ -187,7 +231,8 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
+    """The floating torch dtype of that name, None for None. Raises ArgumentError."""
     import torch
 
     names = {

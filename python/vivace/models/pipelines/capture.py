@@ -149,7 +149,7 @@ def hear(
     overrides: dict[str, Any] = {"maybe_free_model_hooks": lambda: None}
     if hasattr(pipeline, "encode_prompt"):
         overrides["encode_prompt"] = _speaking(stand, heard.spoken, spoken, cache)
-    settings = {
+    settings: dict[str, Any] = {
         "num_inference_steps": steps,
         "return_dict": False,
         "output_type": "latent" if result is None else "pil",

@@ -33,7 +33,8 @@ class Inputs:
 
     def same(self, other: Inputs, name: str) -> bool:
         """Argument `name` is bit for bit the same in both."""
-        return _sign(name, self.tree.get(name), contents=True) == _sign(name, other.tree.get(name), contents=True)
+        mine, theirs = (_sign(name, inputs.tree.get(name), contents=True) for inputs in (self, other))
+        return bool(mine == theirs)
 
 
 @dataclass(frozen=True, slots=True)

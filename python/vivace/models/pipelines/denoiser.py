@@ -57,6 +57,7 @@ class NetworkDenoiser:
 
     def __init__(self, networks: Mapping[str, Any], spec: ModelSpec, manner: Manner, device: torch.device) -> None:
         self.networks, self.spec, self.manner = dict(networks), spec, manner
+        self.models = tuple(self.networks)
         self.device, self.dtype = device, next(iter(networks.values())).dtype
         self._options = {} if "return_dict" not in argument_names(networks["main"]) else {"return_dict": False}
 
@@ -157,7 +158,8 @@ class PipelineDenoiser(NetworkDenoiser):
         return Condition(self._branches(heard, order))
 
     def _branches(self, heard: Heard, order: tuple[str, ...]) -> dict[str, Inputs]:
-        branches, skipped = {}, (self.manner.latent, self.manner.time, "return_dict")
+        branches: dict[str, Inputs] = {}
+        skipped = (self.manner.latent, self.manner.time, "return_dict")
         for call in heard.calls:
             rows = len(call[self.manner.latent])
             kept = {name: value for name, value in call.items() if name not in skipped}
@@ -242,6 +244,10 @@ class BareDenoiser(NetworkDenoiser):
             for p in parameters
             if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in own
         ]
+
+    def reports(self) -> dict[str, Any]:
+        """Nothing: prompts are arguments, results are latents."""
+        return {}
 
     def to_images(self, latents: Tensor) -> list[Any]:
         """None: there is no decoder."""

@@ -6,28 +6,33 @@ import copy
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vivace.engine.bind import ModelSpec
+from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import make_executor
 from vivace.engine.noise_schedule import NoiseSchedule
-from vivace.engine.passes import apply_experts
+from vivace.engine.passes import apply_experts, apply_guidance
 from vivace.engine.plan import Plan
+from vivace.engine.planning import make_plan
 from vivace.engine.session import Session
 from vivace.errors import ArgumentError, ModelError, ShapeError, UnsupportedError
 from vivace.models.checkpoint import read_object
 from vivace.models.load import prediction_of
-from vivace.models.pipe import check_counts, device_of, dtype_of
+from vivace.models.pipe import check_counts, device_of, dtype_of, plan_file
+from vivace.models.pipelines.calls import call_style
 from vivace.models.pipelines.capture import Heard, argument_names, hear
 from vivace.models.pipelines.decode import DecodeOptions
-from vivace.models.pipelines.denoiser import BareDenoiser, Manner, NetworkDenoiser, PipelineDenoiser, latent_of, rows_of
+from vivace.models.pipelines.denoiser import BareDenoiser, Manner, PipelineDenoiser, latent_of, rows_of
 from vivace.models.pipelines.families import Family, family_of, plain
 from vivace.models.pipelines.planned import expert_boundary
 from vivace.models.pipelines.prompting import Prompting
@@ -75,7 +80,7 @@ def open_foreign(
     """See `vivace.load`."""
     if isinstance(source, (str, PathLike)):
         source = _read(source, dtype, revision, variant)
-        source = source.to(device) if device is not None else source
+        source = source.to(device_of(device)) if device is not None else source
     else:
         given = {"device": device, "dtype": dtype, "revision": revision, "variant": variant}
         for name, value in given.items():
@@ -101,7 +106,7 @@ def open_foreign(
     )
 
 
-class ForeignPipe:
+class ForeignPipe(ABC):
     """A model of diffusers: `spec`, and `compile` to sessions. It holds weights and nothing of any request."""
 
     networks: Mapping[str, Any]
@@ -151,6 +156,18 @@ class ForeignPipe:
             executor.one_by_one = why
         return session
 
+    def choose_plan(self, path: Path | None, solver: str | None, steps: int | None, guidance: float | None) -> Plan:
+        """A plan file; or the plan of the pipeline's own scheduler, or of a solver, at its own guidance scale."""
+        from_file = plan_file(path, solver, steps)
+        return from_file or self._plan(solver, 20 if steps is None else steps, guidance)
+
+    def _plan(self, solver: str | None, steps: int, guidance: float | None) -> Plan:
+        spec = self.spec
+        if spec.schedule is None:
+            raise ArgumentError("a network without a scheduler has no plan of its own; load it with scheduler=")
+        plan = make_plan(spec.schedule, solver=solver or "unipc", steps=steps, prediction=spec.prediction)
+        return plan if guidance in (None, 1.0) else apply_guidance(plan, guidance)
+
     def _placed(self, device: torch.device | None, dtype: torch.dtype | None) -> dict[str, Any]:
         """The networks on a device in a dtype: themselves where they are there already, copies otherwise."""
         placed = {}
@@ -159,11 +176,13 @@ class ForeignPipe:
             placed[name] = network if there else copy.deepcopy(network).to(device=device, dtype=dtype)
         return placed
 
+    @abstractmethod
     def _spec(self, fingerprint: str) -> ModelSpec:
-        raise NotImplementedError
+        """The spec with that fingerprint."""
 
-    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
-        raise NotImplementedError
+    @abstractmethod
+    def _denoiser(self, networks: dict[str, Any]) -> Denoiser:
+        """What a session runs: these networks."""
 
     def _unprobed(self) -> str | None:
         """Why batching cannot be tested when compiling."""
@@ -186,7 +205,13 @@ class PipelinePipe(ForeignPipe):
     @cached_property
     def _heard(self) -> Heard:
         """What a call for the empty prompt shows."""
-        return hear(self.pipeline, self.networks, self.prompting.arguments(None))
+        try:
+            return hear(self.pipeline, self.networks, self.prompting.arguments(None))
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            name = type(self.pipeline).__name__
+            raise UnsupportedError(
+                f"load: a call of {name} for the empty prompt fails ({error}); give it what it needs by call={{...}}"
+            ) from error
 
     def plan(self, steps: int) -> Plan:
         """The plan that the pipeline's own scheduler runs for a call of this many steps, without guidance.
@@ -199,6 +224,14 @@ class PipelinePipe(ForeignPipe):
             asked = hear(self.pipeline, self.networks, arguments, spoken=self._heard.spoken, steps=steps).asked
         given = {name: value for name, value in asked.items() if value is not None}
         return Plan.from_diffusers(self.pipeline.scheduler, steps=steps, **given)
+
+    def _plan(self, solver: str | None, steps: int, guidance: float | None) -> Plan:
+        plan = super()._plan(solver, steps, 1.0) if solver else self.plan(steps)
+        style = call_style(self.pipeline)
+        if guidance is None and style is not None and not style.needs:  # the default of its call
+            guidance = self.prompting.parameters[style.scale].default
+        wanted = guidance not in (None, 1.0) and "uncond" in self.spec.branches
+        return apply_guidance(plan, float(guidance)) if wanted and guidance is not None else plan
 
     def _spec(self, fingerprint: str) -> ModelSpec:
         shape, branches = tuple(latent_of(self._heard).shape[1:]), rows_of(self._heard)
@@ -220,7 +253,7 @@ class PipelinePipe(ForeignPipe):
             edges=_edges(family, shape, fields["patch"]),
         )
 
-    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
+    def _denoiser(self, networks: dict[str, Any]) -> Denoiser:
         return PipelineDenoiser(self.prompting, networks, self.spec, self._lock)
 
     def _expanded(self, plan: Plan) -> Plan:
@@ -255,7 +288,7 @@ class NetworkPipe(ForeignPipe):
             edges=_edges(self.family, self.latent_shape, fields["patch"]),
         )
 
-    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
+    def _denoiser(self, networks: dict[str, Any]) -> Denoiser:
         network = networks["main"]
         names = argument_names(network)
         divisor, offset = FED.get(type(network).__name__, (1.0, 0.0))
@@ -300,7 +333,7 @@ class Fingerprint:
                     )
                 tensor = found[key].detach().cpu().contiguous()
                 digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-                digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -329,6 +362,8 @@ def _with_scheduler(pipeline: Any, scheduler: Any) -> Any:
     """A pipeline like the given one with another scheduler; itself without one."""
     if scheduler is None:
         return pipeline
+    if not hasattr(scheduler, "set_timesteps"):
+        raise ArgumentError(f"load: scheduler is {type(scheduler).__name__}; a pipeline needs a scheduler object")
     stand = copy.copy(pipeline)
     stand.__dict__["scheduler"] = scheduler
     return stand

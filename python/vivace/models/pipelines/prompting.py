@@ -18,8 +18,10 @@ from vivace.models.pipelines.prompts import PromptCache
 
 SCALE = 3.0  # guidance while recording: both branches run
 # What the plan and the request decide.
-OURS = ("num_inference_steps", "timesteps", "sigmas", "generator", "latents", "output_type", "return_dict", "strength")
-OURS += ("num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end", "callback", "eta")
+OURS = (
+    *("num_inference_steps", "timesteps", "sigmas", "generator", "latents", "output_type", "return_dict", "strength"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "callback_on_step_end", "callback", "eta"),
+)
 # Names that configurations have for the width of text embeddings, first found decides.
 WIDTHS = (
     "joint_attention_dim",
@@ -158,11 +160,11 @@ class Prompting:
         """The class of a label."""
         if prompt is None or prompt == "":
             return 1000  # the pipeline's empty class
-        if isinstance(prompt, str):
-            try:
-                return int(self.pipeline.get_label_ids([prompt])[0])
-            except ValueError as error:
-                raise PromptError(f"prompt: {error}") from None
+        names = getattr(self.pipeline, "labels", {})
+        if prompt in names:
+            return int(names[prompt])
+        if isinstance(prompt, str) and prompt.isdecimal():
+            prompt = int(prompt)
         classes = int(self.networks["transformer"].config.num_embeds_ada_norm)
         if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt <= classes:
             raise PromptError(f"prompt: {prompt!r}; need a class from 0 to {classes - 1}, its name, or None")

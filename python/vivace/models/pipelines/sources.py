@@ -26,7 +26,7 @@ def is_hub_id(source: str | PathLike[str]) -> bool:
 
 
 def is_foreign(source: Any) -> bool:
-    """A source that is opened here: an object, a hub id, or a folder of anything but the native DiT."""
+    """A source that is opened here: an object, a hub id, or a folder of anything but a DiT whose latents are pixels."""
     if not isinstance(source, (str, PathLike)):
         return True
     if is_hub_id(source):
@@ -36,7 +36,7 @@ def is_foreign(source: Any) -> bool:
     root = Path(source)
     for path in (root / "model_index.json", *(root / n / "config.json" for n in NETWORK_FOLDERS), root / "config.json"):
         if path.is_file():
-            return read_object(path).get("_class_name") not in NATIVE
+            return read_object(path).get("_class_name") not in NATIVE or (root / "vae").is_dir()
     return False
 
 

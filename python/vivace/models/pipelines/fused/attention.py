@@ -257,7 +257,44 @@ class Lumina2(Processor):
         return project_out(attn, scaled_attention((query, key, value), mask, attn.scale))
 
 
-class HunyuanDiT(Processor):
+class Plain(Processor):
+    """AttnProcessor2_0 (DiT, PixArt, UNets): without the passes that divide by one."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        context = encoder_hidden_states
+        if args or kwargs or not self.fits(attn, hidden_states):
+            return self.plain(attn, hidden_states, context, attention_mask, temb, *args, **kwargs)
+        return self.single(attn, hidden_states, context, attention_mask)
+
+    def fits(self, attn: Any, hidden: Tensor) -> bool:
+        """The attention does no more than project, attend and project."""
+        norms = attn.spatial_norm, attn.group_norm, attn.norm_cross
+        unusual = any(norms) or attn.residual_connection or attn.rescale_output_factor != 1
+        return not unusual and hidden.dim() == 3 and self.ops.ready(hidden)
+
+    def single(
+        self, attn: Any, hidden: Tensor, context: Tensor | None, mask: Tensor | None, rotation: Any = None
+    ) -> Tensor:
+        """Attention of one stream to itself or to `context`; keys of a context are not rotated."""
+        source, heads = hidden if context is None else context, (attn.heads, -1)
+        pairs = (attn.to_q, hidden), (attn.to_k, source), (attn.to_v, source)
+        query, key, value = (to(of).unflatten(2, heads) for to, of in pairs)
+        if attn.norm_q is not None or rotation is not None:
+            norms, rotate_key = (attn.norm_q, attn.norm_k), not attn.is_cross_attention
+            query, key = self.ops.heads(query, key, norms, rotation, rotate_key=rotate_key)
+        return project_out(attn, scaled_attention((query, key, value), key_mask(attn, mask, source)))
+
+
+class HunyuanDiT(Plain):
     """HunyuanAttnProcessor2_0: queries rotated, keys too unless they are of the text."""
 
     def __call__(
@@ -269,27 +306,14 @@ class HunyuanDiT(Processor):
         temb: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        context = encoder_hidden_states
-        if hidden_states.dim() != 3 or not self.ops.ready(hidden_states) or _unusual(attn):
-            return self.plain(attn, hidden_states, context, attention_mask, temb, image_rotary_emb)
-        source, heads = hidden_states if context is None else context, (attn.heads, -1)
-        query, key, value = (
-            to(of).unflatten(2, heads)
-            for to, of in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
-        )
-        norms, rotate_key = (attn.norm_q, attn.norm_k), not attn.is_cross_attention
-        query, key = self.ops.heads(query, key, norms, image_rotary_emb, rotate_key=rotate_key)
-        mask = key_mask(attn, attention_mask, source)
-        return project_out(attn, scaled_attention((query, key, value), mask))
-
-
-def _unusual(attn: Any) -> bool:
-    """The attention does more than project, attend and project."""
-    norms = attn.spatial_norm, attn.group_norm, attn.norm_cross
-    return any(norms) or attn.residual_connection or attn.rescale_output_factor != 1
+        if not self.fits(attn, hidden_states):
+            rest = attention_mask, temb, image_rotary_emb
+            return self.plain(attn, hidden_states, encoder_hidden_states, *rest)
+        return self.single(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
 _MODELS, _SHARED = "diffusers.models.transformers", "diffusers.models.attention_processor"
+PLAIN = f"{_SHARED}.AttnProcessor2_0"
 PROCESSORS: dict[str, type[Processor]] = {
     f"{_MODELS}.transformer_flux.FluxAttnProcessor": Flux,
     f"{_MODELS}.transformer_flux2.Flux2AttnProcessor": Flux,
@@ -302,16 +326,16 @@ PROCESSORS: dict[str, type[Processor]] = {
     f"{_SHARED}.CogVideoXAttnProcessor2_0": CogVideoX,
     f"{_MODELS}.transformer_lumina2.Lumina2AttnProcessor2_0": Lumina2,
     f"{_SHARED}.HunyuanAttnProcessor2_0": HunyuanDiT,
+    PLAIN: Plain,
 }
 ABSORBED = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 UNROTATED = (
-    *(f"{_SHARED}.{name}" for name in ("JointAttnProcessor2_0", "AttnProcessor", "AttnProcessor2_0")),
-    f"{_SHARED}.SanaLinearAttnProcessor2_0",
+    *(f"{_SHARED}.{name}" for name in ("JointAttnProcessor2_0", "AttnProcessor2_0", "SanaLinearAttnProcessor2_0")),
     f"{_MODELS}.sana_transformer.SanaAttnProcessor2_0",
 )
 
 
-def nothing_to_fuse(attn: Any) -> bool:
+def bare(attn: Any) -> bool:
     """Queries and keys are neither normed nor rotated."""
     return class_of(attn.processor) in UNROTATED and getattr(attn, "norm_q", None) is None
 

@@ -101,17 +101,19 @@ class Builder:
     def _processor(self, name: str, module: Any) -> Any:
         """Our processor for an attention; None for any other module, or when the attention keeps its own."""
         plain = getattr(module, "processor", None) if hasattr(module, "set_processor") else None
-        if plain is None or attention.nothing_to_fuse(module):
+        bare = plain is not None and attention.bare(module)
+        if plain is None or (bare and class_of(plain) != attention.PLAIN):
             return None
-        reason = attention.attention_problem(module, self.ops.dtype) or self.ops.problems.get("qk_norm_rope")
+        reason = attention.attention_problem(module, self.ops.dtype)
+        reason = reason or (None if bare else self.ops.problems.get("qk_norm_rope"))
         for norm in (module._modules.get(child) for child in attention.ABSORBED):
             if norm is not None and reason is None:
                 reason = rewritten(norm) or watched(norm)
         if reason is not None:
             self._leave(name, module, reason)
             return None
-        added = getattr(module, "add_q_proj", None) is not None
-        self.counts.update({"qk_norm_rope": 1 + added})
+        if not bare:
+            self.counts["qk_norm_rope"] += 1 + (getattr(module, "add_q_proj", None) is not None)
         return attention.PROCESSORS[class_of(plain)](plain, self.ops, self.tables)
 
 
