@@ -28,7 +28,8 @@ SPAN = 0.012  # seconds a timed span lasts at least; short candidates are called
 LEAD = 0.003  # seconds of untimed calls before it: caches, frequency and sleeping threads are up by then
 # Columns a printed table shows, in this order, where rows have them.
 COLUMNS = (
-    "op", "backend", "case", "dtype", "ms", "gb_per_s", "percent_of_roofline", "over_eager", "over_compile",
+    "op", "backend", "case", "dtype", "ms", "compile_s", "floor_ms", "gb_per_s", "percent_of_roofline",
+    "over_eager", "over_compile",
     "on", "guidance", "solver", "evaluations", "nfe", "error", "psnr", "order", "measured",
     "agree", "refused", "deviate", "model", "pictures", "spread", "difficulty", "top1", "frechet",
 )  # fmt: skip

@@ -117,7 +117,16 @@ class BackendTable(tuple[BackendRow, ...]):
 
 _REGISTRY: dict[str, OpSpec] = {}
 # Folders of this package that hold an op. Their modules register themselves when first imported.
-_OPS = ("philox_normal", "sample_adjust", "solver_step")
+_OPS = (
+    "adaln_modulate",
+    "gated_residual",
+    "gelu",
+    "norm_modulate",
+    "philox_normal",
+    "qk_norm_rope",
+    "sample_adjust",
+    "solver_step",
+)
 
 
 def register(spec: OpSpec) -> OpSpec:

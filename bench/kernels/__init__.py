@@ -8,7 +8,16 @@ from typing import Any
 from vivace.bench.harness import Claim, report
 from vivace.errors import ArgumentError
 
-OPS = ("philox_normal", "sample_adjust", "solver_step")
+OPS = (
+    "adaln_modulate",
+    "gated_residual",
+    "gelu",
+    "norm_modulate",
+    "philox_normal",
+    "qk_norm_rope",
+    "sample_adjust",
+    "solver_step",
+)
 
 
 def run(op: str | None = None, claim: str | None = None, quick: bool = False) -> dict[str, Any]:

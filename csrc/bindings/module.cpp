@@ -4,19 +4,47 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "core/error.h"
 #include "core/machine.h"
+#include "ops/adaln_modulate.h"
 #include "ops/copy.h"
+#include "ops/gelu.h"
 #include "ops/philox_normal.h"
+#include "ops/qk_norm_rope.h"
 #include "ops/sample_adjust.h"
 #include "ops/solver_step.h"
 #include "simd/cpu.h"
 
 namespace py = pybind11;
+
+// Rows: (address, 0 float32 | 1 bfloat16, sample stride, token stride), or None where they are absent. Read by hand:
+// the ops over rows take many and last microseconds.
+template <>
+struct py::detail::type_caster<vivace::RowTensor> {
+  PYBIND11_TYPE_CASTER(vivace::RowTensor, const_name("tuple[int, int, int, int] | None"));
+
+  bool load(handle source, bool) {
+    value = {};
+    if (source.is_none()) return true;
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    int64_t numbers[4];
+    for (int i = 0; i < 4; ++i) {
+      numbers[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
+      if (numbers[i] == -1 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+    if (numbers[1] != 0 && numbers[1] != 1) return false;
+    value = {reinterpret_cast<void*>(numbers[0]), static_cast<vivace::Dtype>(numbers[1]), numbers[2], numbers[3]};
+    return true;
+  }
+};
 
 namespace vivace {
 namespace {
@@ -134,6 +162,76 @@ void py_philox_normal(Address out, int64_t numel, const Ints& seeds, const Ints&
                 threads);
 }
 
+// Sizes [batch, tokens, width] of the ops over rows.
+using Sizes = std::array<int64_t, 3>;
+
+void py_gated_residual(const RowTensor& out, const RowTensor& hidden, const RowTensor& update, const RowTensor& gate,
+                       const Sizes& sizes, int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  gated_residual({hidden, update, gate, out, {sizes[0], sizes[1], sizes[2]}}, threads);
+}
+
+void py_norm_modulate(const RowTensor& out, const RowTensor& hidden, const RowTensor& scale, const RowTensor& shift,
+                      const RowTensor& weight, const RowTensor& bias, const Sizes& sizes, bool centred, double eps,
+                      int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  const RowShape shape{sizes[0], sizes[1], sizes[2]};
+  norm_modulate({hidden, scale, shift, weight, bias, out, shape, centred, eps}, threads);
+}
+
+void py_adaln_modulate(const RowTensor& hidden_out, const RowTensor& out, const RowTensor& hidden,
+                       const RowTensor& update, const RowTensor& gate, const RowTensor& scale, const RowTensor& shift,
+                       const RowTensor& weight, const RowTensor& bias, const Sizes& sizes, bool centred, double eps,
+                       int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  const RowShape shape{sizes[0], sizes[1], sizes[2]};
+  adaln_modulate(
+      {{hidden, update, gate, hidden_out, shape}, {hidden_out, scale, shift, weight, bias, out, shape, centred, eps}},
+      threads);
+}
+
+void py_gelu(const RowTensor& out, const RowTensor& hidden, const RowTensor& gate, const Sizes& sizes, bool tanh,
+             int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  gelu({hidden, gate, out, {sizes[0], sizes[1], sizes[2]}, tanh}, threads);
+}
+
+// x and out (address, strides of sample, token, head), weight and bias (address or 0, dtype, size), tokens, heads.
+using SideNumbers = std::array<int64_t, 16>;
+// cos and sin (address, strides of sample, row), first turned token, number of them.
+using TurnNumbers = std::array<int64_t, 8>;
+
+QkSide qk_side(const SideNumbers& n, bool turned) {
+  const auto vector = [&](size_t i) { return HeadVector{pointer<void>(n[i]), static_cast<Dtype>(n[i + 1]), n[i + 2]}; };
+  return {{pointer<void>(n[0]), n[1], n[2], n[3]},
+          {pointer<void>(n[4]), n[5], n[6], n[7]},
+          vector(8),
+          vector(11),
+          n[14],
+          n[15],
+          turned};
+}
+
+void py_qk_norm_rope(const SideNumbers& query, const SideNumbers& key, const std::optional<TurnNumbers>& turn,
+                     bool turn_key, bool halves, int64_t batch, int64_t width, int64_t dtype, int64_t kind, double eps,
+                     int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  const TurnNumbers t = turn.value_or(TurnNumbers{});
+  const TurnTable cos{pointer<float>(t[0]), t[1], t[2]}, sin{pointer<float>(t[3]), t[4], t[5]};
+  qk_norm_rope({{qk_side(query, turn.has_value()), qk_side(key, turn.has_value() && turn_key)},
+                batch,
+                width,
+                static_cast<Dtype>(dtype),
+                static_cast<HeadNormKind>(kind),
+                eps,
+                cos,
+                sin,
+                t[6],
+                t[7],
+                halves},
+               threads);
+}
+
 }  // namespace
 }  // namespace vivace
 
@@ -155,6 +253,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("pictures"), py::arg("threads"));
   module.def("philox_normal", &py_philox_normal, py::arg("out"), py::arg("numel"), py::arg("seeds"),
              py::arg("pictures"), py::arg("draw"), py::arg("threads"));
+  // Positional: names would cost more than the rest of a call.
+  module.def("gated_residual", &py_gated_residual);
+  module.def("norm_modulate", &py_norm_modulate);
+  module.def("adaln_modulate", &py_adaln_modulate);
+  module.def("gelu", &py_gelu);
+  module.def("qk_norm_rope", &py_qk_norm_rope);
   const auto copy = [](auto function) {
     return [function](Address dst, Address src, int64_t bytes, int64_t threads) {
       const py::gil_scoped_release unlocked;

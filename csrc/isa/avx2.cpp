@@ -1,18 +1,38 @@
 // Every kernel for the avx2 instruction set; see the one-definition warning in simd/vec.h.
 #define VV_ISA VV_AVX2
 #include "simd/vec.h"
+#include "ops/adaln_modulate.h"
+#include "ops/gelu.h"
 #include "ops/philox_normal.h"
+#include "ops/qk_norm_rope.h"
 #include "ops/sample_adjust.h"
 #include "ops/solver_step.h"
 #include "simd/kernels.h"
 
+#include "ops/rows.inl"
+#include "ops/gated_residual.inl"
+#include "ops/norm_modulate.inl"
+#include "ops/adaln_modulate.inl"
 #include "ops/copy.inl"
+#include "ops/gelu.inl"
 #include "ops/philox_normal.inl"
+#include "ops/qk_norm_rope.inl"
 #include "ops/sample_adjust.inl"
 #include "ops/solver_step.inl"
 
 namespace vivace::VV_NAMESPACE {
 
-extern const Kernels kKernels = {"avx2", kBlock, step_span, count_keys, add_moments, normal_span, copy_stream};
+extern const Kernels kKernels = {"avx2",
+                                 kBlock,
+                                 step_span,
+                                 count_keys,
+                                 add_moments,
+                                 normal_span,
+                                 copy_stream,
+                                 norm_modulate_rows,
+                                 gated_residual_rows,
+                                 adaln_modulate_rows,
+                                 gelu_rows,
+                                 qk_norm_rope_tokens};
 
 }  // namespace vivace::VV_NAMESPACE

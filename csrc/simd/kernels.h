@@ -7,6 +7,9 @@ namespace vivace {
 
 struct KeyCounts;
 struct Moments;
+struct QkNormRopeArgs;
+struct QkSide;
+struct QkVectors;
 struct StepProgram;
 
 struct Kernels {
@@ -21,6 +24,14 @@ struct Kernels {
   void (*normal_span)(float* out, int64_t begin, int64_t end, uint64_t seed, uint32_t picture, uint32_t draw);
   // Copies bytes with non-temporal stores; the roofline that benches compare with.
   void (*copy_stream)(void* dst, const void* src, int64_t bytes);
+  // Rows [begin, end) of one sample; `args` are those of the op, see ops/<op>.h.
+  void (*norm_modulate_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*gated_residual_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*adaln_modulate_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*gelu_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  // Tokens [begin, end) of one sample of one side.
+  void (*qk_norm_rope_tokens)(const QkNormRopeArgs& args, const QkSide& side, const QkVectors& vectors, int64_t sample,
+                              int64_t begin, int64_t end);
 };
 
 namespace scalar {

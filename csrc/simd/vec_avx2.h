@@ -21,6 +21,13 @@ VV_INLINE F from_bits(U a) { return {_mm256_castsi256_ps(a.x)}; }
 VV_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.x, b.x)}; }
 VV_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.x, b.x)}; }
 VV_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.x, b.x)}; }
+// Sum of the lanes in a tree: lane l and lane l + half of what is left are added, half = kLanes / 2, ..., 1.
+VV_INLINE float sum_lanes(F a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+VV_INLINE F operator/(F a, F b) { return {_mm256_div_ps(a.x, b.x)}; }
 VV_INLINE F sqrt(F a) { return {_mm256_sqrt_ps(a.x)}; }
 VV_INLINE F clamp(F y, F low, F high) { return {_mm256_min_ps(high.x, _mm256_max_ps(low.x, y.x))}; }
 
@@ -60,6 +67,11 @@ VV_INLINE F select_odd(U odd, F a, F b) {
   return {_mm256_blendv_ps(a.x, b.x, _mm256_castsi256_ps(_mm256_slli_epi32(odd.x, 31)))};
 }
 
+VV_INLINE void swap_pairs16(F v[16 / kLanes]) {
+  v[0] = {_mm256_permute_ps(v[0].x, 0xb1)};
+  v[1] = {_mm256_permute_ps(v[1].x, 0xb1)};
+}
+
 VV_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
 VV_INLINE __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 VV_INLINE F load_bf16(const uint16_t* p) {
@@ -83,6 +95,19 @@ VV_INLINE void stream_half(uint16_t* p, __m128i x) { _mm_stream_si128(reinterpre
 VV_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.x); }
 VV_INLINE void stream(float* p, F a) { _mm256_stream_ps(p, a.x); }
 VV_INLINE void store_bf16(uint16_t* p, F a) { store_half(p, to_bf16(a)); }
+VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) {
+  const U both = {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  even = from_bits(shift_left<16>(both));
+  odd = from_bits(both & set1u(0xffff0000u));
+}
+VV_INLINE U round_to_bf16(F a) {
+  const U x = bits(a);
+  return x + set1u(0x7fffu) + (shift_right<16>(x) & set1u(1));
+}
+VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) {
+  const U both = shift_right<16>(round_to_bf16(even)) ^ (round_to_bf16(odd) & set1u(0xffff0000u));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both.x);
+}
 VV_INLINE void stream_bf16(uint16_t* p, F a) { stream_half(p, to_bf16(a)); }
 VV_INLINE void store_f16(uint16_t* p, F a) { store_half(p, to_f16(a)); }
 VV_INLINE void stream_f16(uint16_t* p, F a) { stream_half(p, to_f16(a)); }

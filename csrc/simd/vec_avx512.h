@@ -21,6 +21,15 @@ VV_INLINE F from_bits(U a) { return {_mm512_castsi512_ps(a.x)}; }
 VV_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.x, b.x)}; }
 VV_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.x, b.x)}; }
 VV_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.x, b.x)}; }
+// Sum of the lanes in a tree: lane l and lane l + half of what is left are added, half = kLanes / 2, ..., 1.
+VV_INLINE float sum_lanes(F a) {
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.x), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.x), upper);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+VV_INLINE F operator/(F a, F b) { return {_mm512_div_ps(a.x, b.x)}; }
 VV_INLINE F sqrt(F a) { return {_mm512_sqrt_ps(a.x)}; }
 VV_INLINE F clamp(F y, F low, F high) { return {_mm512_min_ps(high.x, _mm512_max_ps(low.x, y.x))}; }
 
@@ -54,6 +63,8 @@ VV_INLINE F select_odd(U odd, F a, F b) {
   return {_mm512_mask_blend_ps(_mm512_test_epi32_mask(odd.x, _mm512_set1_epi32(1)), a.x, b.x)};
 }
 
+VV_INLINE void swap_pairs16(F v[16 / kLanes]) { v[0] = {_mm512_permute_ps(v[0].x, 0xb1)}; }
+
 VV_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 VV_INLINE __m256i load_half(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 VV_INLINE F load_bf16(const uint16_t* p) {
@@ -75,6 +86,19 @@ VV_INLINE void stream_half(uint16_t* p, __m256i x) { _mm256_stream_si256(reinter
 VV_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.x); }
 VV_INLINE void stream(float* p, F a) { _mm512_stream_ps(p, a.x); }
 VV_INLINE void store_bf16(uint16_t* p, F a) { store_half(p, to_bf16(a)); }
+VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) {
+  const U both = {_mm512_loadu_si512(p)};
+  even = from_bits(shift_left<16>(both));
+  odd = from_bits(both & set1u(0xffff0000u));
+}
+VV_INLINE U round_to_bf16(F a) {
+  const U x = bits(a);
+  return x + set1u(0x7fffu) + (shift_right<16>(x) & set1u(1));
+}
+VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) {
+  const U both = shift_right<16>(round_to_bf16(even)) ^ (round_to_bf16(odd) & set1u(0xffff0000u));
+  _mm512_storeu_si512(p, both.x);
+}
 VV_INLINE void stream_bf16(uint16_t* p, F a) { stream_half(p, to_bf16(a)); }
 VV_INLINE void store_f16(uint16_t* p, F a) { store_half(p, to_f16(a)); }
 VV_INLINE void stream_f16(uint16_t* p, F a) { stream_half(p, to_f16(a)); }

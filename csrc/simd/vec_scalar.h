@@ -27,6 +27,8 @@ VV_INLINE F from_bits(U a) {
 VV_INLINE F operator+(F a, F b) { return {a.x + b.x}; }
 VV_INLINE F operator-(F a, F b) { return {a.x - b.x}; }
 VV_INLINE F operator*(F a, F b) { return {a.x * b.x}; }
+VV_INLINE float sum_lanes(F a) { return a.x; }
+VV_INLINE F operator/(F a, F b) { return {a.x / b.x}; }
 VV_INLINE F sqrt(F a) { return {__builtin_sqrtf(a.x)}; }
 // y limited to [low, high]; a NaN passes through, as x86 min and max return their second operand then.
 VV_INLINE F clamp(F y, F low, F high) {
@@ -62,6 +64,15 @@ VV_INLINE F to_float_unsigned(U a) { return {static_cast<float>(a.x)}; }
 // a where the lowest bit of `odd` is 0, else b.
 VV_INLINE F select_odd(U odd, F a, F b) { return (odd.x & 1) ? b : a; }
 
+// Lanes 2i and 2i + 1 of sixteen change places.
+VV_INLINE void swap_pairs16(F v[16 / kLanes]) {
+  for (int l = 0; l < 16; l += 2) {
+    const F even = v[l];
+    v[l] = v[l + 1];
+    v[l + 1] = even;
+  }
+}
+
 VV_INLINE F load(const float* p) { return {*p}; }
 VV_INLINE F load_bf16(const uint16_t* p) { return from_bits({static_cast<uint32_t>(*p) << 16}); }
 VV_INLINE F load_f16(const uint16_t* p) {
@@ -80,6 +91,10 @@ VV_INLINE void store_bf16(uint16_t* p, F a) {
   const bool nan = (x & 0x7fffffffu) > 0x7f800000u;
   *p = static_cast<uint16_t>(nan ? (x >> 16) | 0x40u : (x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
 }
+// Elements 2i and 2i + 1 of 2 kLanes, in one vector each: cheaper where their order does not matter. A NaN to be stored
+// must have come from bfloat16 or from hardware: its lower half is 0, and rounding does not reach its sign.
+VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) { even = load_bf16(p), odd = load_bf16(p + 1); }
+VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) { store_bf16(p, even), store_bf16(p + 1, odd); }
 VV_INLINE void stream_bf16(uint16_t* p, F a) { store_bf16(p, a); }
 VV_INLINE void store_f16(uint16_t* p, F a) {
   const uint32_t x = bits(a).x, sign = (x >> 16) & 0x8000u, body = x & 0x7fffffffu;

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+_Rows = tuple[int, int, int, int]  # address, 0 float32 | 1 bfloat16, stride of samples, stride of tokens
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def usable_processors() -> int: ...
@@ -47,6 +49,53 @@ def sample_adjust(
 ) -> None: ...
 def philox_normal(
     out: int, numel: int, seeds: Sequence[int], pictures: Sequence[int], draw: int, threads: int
+) -> None: ...
+def gated_residual(
+    out: _Rows, hidden: _Rows, update: _Rows, gate: _Rows | None, sizes: Sequence[int], threads: int, /
+) -> None: ...
+def norm_modulate(
+    out: _Rows,
+    hidden: _Rows,
+    scale: _Rows | None,
+    shift: _Rows | None,
+    weight: _Rows | None,
+    bias: _Rows | None,
+    sizes: Sequence[int],
+    centred: bool,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def adaln_modulate(
+    hidden_out: _Rows,
+    out: _Rows,
+    hidden: _Rows,
+    update: _Rows,
+    gate: _Rows | None,
+    scale: _Rows | None,
+    shift: _Rows | None,
+    weight: _Rows | None,
+    bias: _Rows | None,
+    sizes: Sequence[int],
+    centred: bool,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def gelu(out: _Rows, hidden: _Rows, gate: _Rows | None, sizes: Sequence[int], tanh: bool, threads: int, /) -> None: ...
+def qk_norm_rope(
+    query: Sequence[int],
+    key: Sequence[int],
+    turn: Sequence[int] | None,
+    turn_key: bool,
+    halves: bool,
+    batch: int,
+    width: int,
+    dtype: int,
+    kind: int,
+    eps: float,
+    threads: int,
+    /,
 ) -> None: ...
 def copy_memcpy(dst: int, src: int, bytes: int, threads: int) -> None: ...
 def copy_stream(dst: int, src: int, bytes: int, threads: int) -> None: ...

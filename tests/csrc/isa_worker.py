@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import isa_heads
+import isa_rows
 import numpy as np
 
 from vivace import _C
@@ -311,6 +313,8 @@ def main() -> None:
                 found = [digest(adjusts(*call, threads)) for threads in (1, 2)]
                 report[f"adjust {numel} {odd}"] = [*found, digest(defined_adjusts(*call))]
         report |= halves()
+        report |= {name: [digest(found) for found in results] for name, results in isa_rows.runs()}
+        report |= {name: [digest(found) for found in results] for name, results in isa_heads.runs()}
     json.dump({"isa": _C.isa(), "digests": report}, sys.stdout)
 
 

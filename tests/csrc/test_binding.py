@@ -201,3 +201,98 @@ def test_a_forked_child_makes_a_pool_of_its_own() -> None:
         os._exit(0 if (big_noise() == expected).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (big_noise() == expected).all()
+
+
+def rows_call(**changes: Any) -> np.ndarray:
+    """A valid call over rows, one sample of three tokens, with arguments replaced."""
+    hidden, out = np.ones((1, 3, NUMEL), np.float32), np.zeros((1, 3, NUMEL), np.float32)
+    there, to = ((x.ctypes.data, 0, 3 * NUMEL, NUMEL) for x in (hidden, out))
+    arguments = {
+        "out": to, "hidden": there, "scale": (hidden.ctypes.data, 0, 0, 0), "shift": None, "weight": None, "bias": None,
+        "sizes": (1, 3, NUMEL), "centred": False, "eps": 0.0, "threads": 1,
+    }  # fmt: skip
+    _C.norm_modulate(*(arguments | changes).values())
+    return out
+
+
+BAD_ROWS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "hidden has no memory": (ValueError, {"hidden": None}),
+    "out has no memory": (ValueError, {"out": (0, 0, 1, 1)}),
+    "out has another dtype": (ValueError, {"out": (64, 1, 1, 1)}),
+    "is negative": (ValueError, {"sizes": (1, -3, NUMEL)}),
+    "fits no memory": (ValueError, {"sizes": (1 << 30, 1 << 30, NUMEL)}),
+    "eps is nan": (ValueError, {"eps": np.nan}),
+    "incompatible function arguments": (TypeError, {"shift": (64, 0, 1)}),
+    "norm_modulate()": (TypeError, {"shift": (64, 2, 1, 1)}),
+    "arguments": (TypeError, {"shift": (64, 0, 1, "1")}),
+    "supported": (TypeError, {"sizes": (3, NUMEL)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_bad_call_over_rows_is_refused(message: str) -> None:
+    assert (rows_call() == 2.0).all()
+    error, changes = BAD_ROWS[message]
+    with pytest.raises(error) as caught:
+        rows_call(**changes)
+    assert message in str(caught.value)
+
+
+HEADS_AT = (3 * NUMEL, NUMEL, NUMEL)  # strides of one sample of three tokens of one head
+
+
+def heads_call(
+    query: dict[int, int] | None = None, turn: tuple[int, ...] | None = None, **changes: Any
+) -> tuple[np.ndarray, ...]:
+    """A valid call over heads, keys like queries, with numbers of the queries and arguments replaced."""
+    x, table = np.full((1, 3, 1, NUMEL), 2.0, np.float32), np.ones((3, NUMEL), np.float32)
+    outs = tuple(np.zeros_like(x) for _ in range(2))
+    sides = [[x.ctypes.data, *HEADS_AT, out.ctypes.data, *HEADS_AT, 0, 0, 0, 0, 0, 0, 3, 1] for out in outs]
+    for at, number in (query or {}).items():
+        sides[0][at] = number
+    places = (table.ctypes.data, 0, NUMEL, table.ctypes.data, 0, NUMEL)
+    arguments = {
+        "query": sides[0], "key": sides[1], "turn": None if turn is None else (*places, *turn), "turn_key": True,
+        "halves": False, "batch": 1, "width": NUMEL, "dtype": 0, "kind": 1, "eps": 0.0, "threads": 1,
+    }  # fmt: skip
+    _C.qk_norm_rope(*(arguments | changes).values())
+    return outs
+
+
+BAD_HEADS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "query has no memory": (ValueError, {"query": {0: 0}}),
+    "query has a negative size": (ValueError, {"query": {14: -1}}),
+    "query fits no memory": (ValueError, {"query": {15: 1 << 60}}),
+    "a vector of query has 5 elements": (ValueError, {"query": {8: 64, 10: 5}}),
+    "a vector of query is of dtype 2": (ValueError, {"query": {8: 64, 9: 2, 10: NUMEL}}),
+    "there are no elements of dtype 7": (ValueError, {"dtype": 7}),
+    "there is no norm 3": (ValueError, {"kind": 3}),
+    "eps is nan": (ValueError, {"eps": np.nan}),
+    "tokens 2 to 4 of query are turned, it has 3": (ValueError, {"turn": (2, 2), "width": NUMEL - 1}),
+    "tokens -1 to 1 of query": (ValueError, {"turn": (-1, 2)}),
+    "cannot be turned in pairs": (ValueError, {"turn": (0, 3)}),
+    "incompatible function arguments": (TypeError, {"turn": (0,)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_HEADS)
+def test_a_bad_call_over_heads_is_refused(message: str) -> None:
+    assert all((out == 1.0).all() for out in heads_call())
+    error, changes = BAD_HEADS[message]
+    with pytest.raises(error) as caught:
+        heads_call(**changes)
+    assert message in str(caught.value)
+
+
+def test_gelu_of_bad_rows_is_refused() -> None:
+    x, out = np.ones((1, 3, NUMEL), np.float32), np.zeros((1, 3, NUMEL), np.float32)
+    there, to = ((a.ctypes.data, 0, 3 * NUMEL, NUMEL) for a in (x, out))
+    for call, message in (((to, None), "hidden has no memory"), (((0, 0, 1, 1), there), "out has no memory")):
+        with pytest.raises(ValueError, match=message):
+            _C.gelu(*call, None, (1, 3, NUMEL), False, 1)
+    _C.gelu(to, there, None, (1, 3, NUMEL), False, 1)
+    assert (abs(out - 0.8413447) < 1e-6).all()
+
+
+def test_an_empty_call_over_rows_does_nothing() -> None:
+    assert (rows_call(sizes=(0, 3, NUMEL), hidden=None, out=None) == 0.0).all()

@@ -16,7 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vivace.kernels.adaln_modulate import triton_impl as adaln
+from vivace.kernels.gated_residual import triton_impl as residual
+from vivace.kernels.gelu import triton_impl as unit
+from vivace.kernels.norm_modulate import triton_impl as norm
 from vivace.kernels.philox_normal import triton_impl as philox
+from vivace.kernels.qk_norm_rope import triton_impl as heads
 from vivace.kernels.sample_adjust import triton_impl as adjust
 from vivace.kernels.solver_step import table as t
 from vivace.kernels.solver_step import triton_impl as step
@@ -36,6 +41,32 @@ STEPS = {
 ADJUSTS = {
     "sample_adjust guided": ((t.FROM_POOL,) * 2 + (t.FROM_OUT,) * 2, 2, "bf16"),
     "sample_adjust mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 3, "bf16"),
+}
+
+# name -> (kernel, its dtype, that of the vectors, width, whether each vector is there)
+ROWS = {
+    "norm_modulate DiT": (norm._norm_modulate, "bf16", "bf16", 1152, "scale shift"),
+    "norm_modulate float32": (norm._norm_modulate, "fp32", "fp32", 4096, "scale shift weight bias"),
+    "gated_residual DiT": (residual._gated_residual, "bf16", "bf16", 1152, "gate"),
+    "gated_residual float32 gate": (residual._gated_residual, "bf16", "fp32", 3072, "gate"),
+    "adaln_modulate DiT": (adaln._adaln_modulate, "bf16", "bf16", 1152, "gate scale shift"),
+    "adaln_modulate FLUX": (adaln._adaln_modulate, "bf16", "bf16", 3072, "gate scale shift"),
+    "adaln_modulate float32": (adaln._adaln_modulate, "fp32", "fp32", 4096, "gate scale shift weight bias"),
+}
+VECTORS = ("gate", "scale", "shift", "weight", "bias")
+# name -> (dtype, gated, approximation by tanh)
+GELUS = {
+    "gelu erf": ("float32", False, False),
+    "gelu tanh": ("bfloat16", False, True),
+    "gelu gated": ("bfloat16", True, False),
+}
+# name -> (dtype, heads, channels, kind, across heads, which pairs turn)
+HEADS = {
+    "qk_norm_rope FLUX": ("bf16", 24, 128, "rms", False, heads.INTERLEAVED),
+    "qk_norm_rope halves": ("bf16", 24, 128, "layer", False, heads.HALF),
+    "qk_norm_rope Wan": ("bf16", 40, 128, "rms", True, heads.INTERLEAVED),
+    "qk_norm_rope LTX": ("bf16", 1, 2048, "rms", False, heads.INTERLEAVED),
+    "qk_norm_rope float32": ("fp32", 24, 64, "layer", False, heads.NONE),
 }
 
 
@@ -70,18 +101,50 @@ def rows_kernel(kernel: Any, kinds: Any, branches: int, dtype: str, last: Any, s
     return compiled(kernel, signature, constants, warps)
 
 
+def over_rows(kernel: Any, dtype: str, vectors: str, width: int, given: str) -> Any:
+    """A kernel over rows of hidden states of this width."""
+    block = norm.row_block(width)
+    constants: dict[str, Any] = {"BLOCK": min(block, residual.BLOCK) if kernel is residual._gated_residual else block}
+    constants |= {name: None for name in VECTORS if name in kernel.arg_names and name not in given.split()}
+    constants |= {"CENTRED": True} if "CENTRED" in kernel.arg_names else {}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    pointers = {"out": dtype, "hidden": dtype, "update": dtype, "hidden_out": dtype} | dict.fromkeys(VECTORS, vectors)
+    signature |= {name: f"*{pointers[name]}" for name, kind in signature.items() if name in pointers and kind == "i32"}
+    signature |= {"eps": "fp32"} if "eps" in signature else {}
+    return compiled(kernel, signature, constants, norm.warps(constants["BLOCK"]))
+
+
+def gelu(dtype: str, gated: bool, by_tanh: bool) -> Any:
+    terms = unit.TERMS[dtype]
+    constants = {"LIMIT": terms.limit, "P": terms.p, "Q": terms.q, "EXP2": terms.exp2, "DEGREE": len(terms.p) - 1}
+    constants |= {"GATED": gated, "BY_TANH": by_tanh, "BLOCK": unit.BLOCK}
+    pointer = "*fp32" if dtype == "float32" else "*bf16"
+    signature = dict.fromkeys(unit._gelu.arg_names, "i32") | {"out": pointer, "hidden": pointer}
+    return compiled(unit._gelu, signature, constants, unit.WARPS)
+
+
+def qk_norm_rope(dtype: str, count: int, width: int, kind: str, across: bool, turn: int) -> Any:
+    sizes = heads.block_sizes(count, width, across, turn)
+    constants: dict[str, Any] = sizes | {"KIND": kind, "ACROSS": across, "TURN": turn}
+    constants |= {} if kind == "layer" else {"bias": None}
+    constants |= {} if turn else {"cos": None, "sin": None}
+    pointers = dict.fromkeys(("out", "x", "weight", "bias"), f"*{dtype}") | dict.fromkeys(("cos", "sin"), "*fp32")
+    signature = dict.fromkeys(heads._qk_norm_rope.arg_names, "i32") | pointers | {"eps": "fp32"}
+    return compiled(heads._qk_norm_rope, signature, constants, heads.warps(sizes))
+
+
 def philox_normal() -> Any:
     signature = {"out": "*fp32", "seeds": "*i64", "pictures": "*i64", "draw": "i32", "size": "i32"}
     return compiled(philox._philox_normal, signature, {"BLOCK": philox.BLOCK}, philox.WARPS)
 
 
 def compiled(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int) -> Any:
-    """Ahead-of-time compilation; every argument is divisible by 16 but `draw`."""
+    """Ahead-of-time compilation; every argument is divisible by 16 but `draw`, as is no float."""
     signature = signature | dict.fromkeys(constants, "constexpr")
     attributes = {}
     for i, (name, kind) in enumerate(signature.items()):
         paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if kind != "constexpr" and name != "draw":
+        if kind not in ("constexpr", "fp32") and name != "draw":
             attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False})
@@ -112,4 +175,7 @@ def cuobjdump(what: str, cubin: Path) -> str:
 if __name__ == "__main__":
     report = {name: usage(solver_step(*case)) for name, case in STEPS.items()}
     report |= {name: usage(sample_adjust(*case)) for name, case in ADJUSTS.items()}
+    report |= {name: usage(over_rows(*case)) for name, case in ROWS.items()}
+    report |= {name: usage(gelu(*case)) for name, case in GELUS.items()}
+    report |= {name: usage(qk_norm_rope(*case)) for name, case in HEADS.items()}
     print(json.dumps(report | {"philox_normal": usage(philox_normal())}))

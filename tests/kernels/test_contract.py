@@ -38,7 +38,7 @@ def device_of(backend):
 def run(op, call, backend):
     """What the call wrote or returned, on the host."""
     result = public(op)(*call.args, **call.kwargs, backend=backend)
-    return [tensor.cpu() for tensor in (call.writes or (result,))]
+    return [tensor.cpu() for tensor in (call.writes or (result if isinstance(result, tuple) else (result,)))]
 
 
 def before(call):
@@ -48,17 +48,23 @@ def before(call):
 def in_float64(call):
     """The same numbers, all in float64."""
 
+    converted = {}
+
     def convert(value):
+        if id(value) in converted:
+            return converted[id(value)]
         if isinstance(value, torch.Tensor):
             return value.double() if value.is_floating_point() else value
         if isinstance(value, (list, tuple)):
             return type(value)(convert(item) for item in value)
         return value.to("cpu", torch.float64) if hasattr(value, "floats") else value
 
-    converted = {id(tensor): convert(tensor) for tensor in call.writes}
-    args = tuple(converted[id(v)] if id(v) in converted else convert(v) for v in call.args)
-    kwargs = {k: converted[id(v)] if id(v) in converted else convert(v) for k, v in call.kwargs.items()}
-    return Call(args, kwargs, tuple(converted[id(tensor)] for tensor in call.writes))
+    converted |= {id(tensor): convert(tensor) for tensor in call.writes}
+    return Call(
+        tuple(map(convert, call.args)),
+        {name: convert(value) for name, value in call.kwargs.items()},
+        tuple(map(convert, call.writes)),
+    )
 
 
 def same_bits(a, b):
@@ -119,12 +125,56 @@ def sample_adjust_results(call, results, b):
     return [results[0][b]]
 
 
+def rows_alone(call, b):
+    """Ops over rows of hidden states: every tensor [B, ...] less those shared by all samples."""
+    batch = call.args[0].shape[0]
+
+    def one(value):
+        own = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == batch
+        return value[b : b + 1] if own else value
+
+    return replace(call, args=tuple(map(one, call.args)), kwargs={k: one(v) for k, v in call.kwargs.items()})
+
+
+def rows_results(call, results, b):
+    return [tensor[b] for tensor in results]
+
+
+def samples_alone(least):
+    """Ops whose tensors of `least` axes or more are [B, ...] where their first axis is as long as the inputs' is."""
+
+    def alone(call, b):
+        batch = call.args[0].shape[0]
+
+        def one(value):
+            if isinstance(value, tuple):
+                return tuple(map(one, value))
+            own = isinstance(value, torch.Tensor) and value.dim() >= least and value.shape[0] == batch
+            return value[b : b + 1] if own else value
+
+        kwargs = {name: one(value) for name, value in call.kwargs.items()}
+        return replace(call, args=one(call.args), kwargs=kwargs, writes=one(call.writes))
+
+    return alone
+
+
 # Per op: the call of one sample, and one sample of a call's results.
 ALONE = {
+    "adaln_modulate": (rows_alone, rows_results),
+    "gated_residual": (rows_alone, rows_results),
+    "gelu": (samples_alone(2), rows_results),
+    "norm_modulate": (rows_alone, rows_results),
+    "qk_norm_rope": (samples_alone(3), rows_results),
     "solver_step": (solver_step_alone, solver_step_results),
     "philox_normal": (philox_normal_alone, philox_normal_results),
     "sample_adjust": (solver_step_alone, sample_adjust_results),
 }
+
+
+def samples_of(op, call):
+    """Samples in a call: its rows, seeds or first axis."""
+    counted = {"solver_step": 3, "sample_adjust": 3, "philox_normal": 1}
+    return len(call.args[counted.get(op.name, 0)])
 
 
 @every_case
@@ -132,7 +182,7 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(op, backend, case, dtype)
     alone, results_of = ALONE[op.name]
     call = case.make(dtype, device_of(backend))
     batch = run(op, call, backend)
-    for b in range(len(call.args[1 if op.name == "philox_normal" else 3])):
+    for b in range(samples_of(op, call)):
         single = alone(case.make(dtype, device_of(backend)), b)
         results = results_of(single, run(op, single, backend), 0)
         assert all(map(same_bits, results_of(call, batch, b), results))

@@ -29,13 +29,13 @@ def start(*arguments, **environment):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Output and exit code of both processes by name."""
-    files = [HERE / f"test_{name}.py" for name in ("contract", "solver_step", "sample_adjust", "philox_normal")]
+    files = [HERE / "test_contract.py", *(HERE / f"test_{op.name}.py" for op in ops())]
     pytest_options = ("-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider")
     running = {
         "interpreter": start(*pytest_options, *files, TRITON_INTERPRET="1"),
         "compiler": start(HERE / "aot_compile.py", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))),
     }
-    return {name: (*process.communicate(timeout=300), process.returncode) for name, process in running.items()}
+    return {name: (*process.communicate(timeout=900), process.returncode) for name, process in running.items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_interpreted_kernels_keep_the_contract(processes):
 def test_compiled_kernels_do_not_spill(usage):
     assert set(usage) >= {"solver_step guided", "solver_step 12 x 4", "solver_step mixed plans", "philox_normal"}
     assert set(usage) >= {"solver_step adjusted", "sample_adjust guided", "sample_adjust mixed plans"}
+    assert {op.name for op in ops()} <= {name.split()[0] for name in usage}
     for name, used in usage.items():
         assert used["target"] == "sm_90a", name
         assert used["stack"] == 0 and used["local"] == 0, f"{name} spills: {used}"
@@ -65,6 +66,8 @@ def test_compiled_kernels_do_not_spill(usage):
 def test_plain_rows_leave_room_for_many_warps(usage):
     limits = {"solver_step guided": 64, "solver_step stochastic": 80, "solver_step 12 x 4": 128, "philox_normal": 40}
     limits |= {"solver_step adjusted": 64, "sample_adjust guided": 80}
+    limits |= {"norm_modulate DiT": 48, "gated_residual DiT": 40, "adaln_modulate DiT": 48}
+    limits |= {"gelu erf": 48, "gelu tanh": 40, "gelu gated": 56, "qk_norm_rope FLUX": 64, "qk_norm_rope Wan": 64}
     assert {name: usage[name]["registers"] for name in limits if usage[name]["registers"] > limits[name]} == {}
 
 

@@ -347,7 +347,7 @@ def attention_problem(attn: Any, dtype: torch.dtype) -> str | None:
     if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
         return "keys of an image prompt"
     for names in (ABSORBED[:2], ABSORBED[2:]):
-        norms = [getattr(attn, name, None) for name in names]
+        norms: list[Any] = [getattr(attn, name, None) for name in names]
         if norms == [None, None]:
             continue
         problems = ["a norm of one of query and key" if n is None else norm_problem(n, dtype) for n in norms]

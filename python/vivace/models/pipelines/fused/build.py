@@ -102,7 +102,7 @@ class Builder:
         """Our processor for an attention; None for any other module, or when the attention keeps its own."""
         plain = getattr(module, "processor", None) if hasattr(module, "set_processor") else None
         bare = plain is not None and attention.bare(module)
-        if plain is None or (bare and class_of(plain) != attention.PLAIN):
+        if plain is None or (bare and (class_of(plain) != attention.PLAIN or self.ops.problems)):
             return None
         reason = attention.attention_problem(module, self.ops.dtype)
         reason = reason or (None if bare else self.ops.problems.get("qk_norm_rope"))
@@ -133,10 +133,11 @@ def piece(ops: Ops, pattern: Pattern, module: Any, stand_in: Any) -> Callable[..
 
 
 def watched(module: Any) -> str | None:
-    """Why calls of `module` must go through its own `__call__`."""
+    """Why calls of `module` must go through its own `__call__` and forward."""
     state = module.__dict__
-    hooks = any(state.get(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
-    return "forward hooks" if hooks else None
+    if state.get("_forward_hooks") or state.get("_forward_pre_hooks"):
+        return "forward hooks"
+    return "a hook of accelerate" if "forward" in state else None
 
 
 def rewritten(module: Any) -> str | None:
