@@ -28,14 +28,21 @@ class Stepper:
 
     Args:
         plan: verified; its `init` is not used: the run starts from the state that `start` is handed.
-        like: tensor [n, ...] of the state outside; what `advance` returns has its shape, dtype and device. Inside the
-            state is float32 (float64 for float64).
+        like: tensor [n, ...] of the state outside; what `advance` returns has its shape, dtype and device.
         values: numbers of the request by input name; others take the plan's defaults.
         draw: makes the next normal draw [n, ...], in the order in which the rows read them.
+        dtype: of the state inside, float32 or float64.
     Raises: UnsupportedError for an input without default, or an op beyond the fused step.
     """
 
-    def __init__(self, plan: Plan, like: Tensor, values: Mapping[str, float], draw: Draw) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        like: Tensor,
+        values: Mapping[str, float],
+        draw: Draw,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.plan, self._draw, self._dtype = plan, draw, like.dtype
         driven, self._draws = _driven(plan)
         tensors = frozenset(name for row in self._draws for name in row) | {"x_init"}
@@ -43,8 +50,7 @@ class Stepper:
         if missing := [name for name, number in numbers.items() if number is None]:
             raise UnsupportedError(f"the plan needs input {missing[0]!r}, which a pipeline's call does not give")
         given = Given({name: float(number) for name, number in numbers.items() if number is not None}, tensors)
-        state = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self._pool = Pool(tuple(like.shape[1:]), state, like.dtype, like.device)
+        self._pool = Pool(tuple(like.shape[1:]), dtype, like.dtype, like.device)
         side_car = {info.key: self._pool.tensor(info.sha256, plan.arrays[info.key]) for info in plan.tensors}
         self._entry = self._pool.enter(None, lambda: lower_plan(driven, given, side_car))
         self._slots = self._entry.lowered.slots

@@ -1,8 +1,10 @@
 """The manners of an accelerated pipeline: steps, guidance, callbacks, draws, threads, adapters, hooks, mistakes."""
 
 import copy
+import pickle
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tests.models.pipelines import tiny
@@ -454,3 +458,172 @@ def test_mistakes_have_one_clear_message(build):
         run(pipe, "sd3", callback_on_step_end=again)
     with pytest.raises(vivace.StateError, match="called from inside a call"):
         run(pipe, "sd3", callback_on_step_end=lambda pipeline, i, t, tensors: vivace.restore(pipe))
+
+
+# --- what others do around a call -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arithmetic", ["auto", "plan"])
+def test_inference_mode_and_callbacks_mix(build, arithmetic):
+    pipe = build("sd3")
+    vivace.accelerate(pipe, arithmetic=arithmetic, kernels=False)
+    plain = run(pipe, "sd3")
+    with torch.inference_mode():
+        torch.testing.assert_close(run(pipe, "sd3"), plain)
+        looked = run(pipe, "sd3", callback_on_step_end=lambda pipeline, i, t, tensors: tensors)
+        torch.testing.assert_close(looked, plain)
+        assert "restarts" not in vivace.receipt(pipe).details
+
+        def change(pipeline, i, t, tensors):
+            tensors["latents"].mul_(0.5 if i == 1 else 1.0)
+            return tensors
+
+        run(pipe, "sd3", callback_on_step_end=change)
+        assert vivace.receipt(pipe).details.get("restarts", 0) == (arithmetic == "plan")
+
+
+class Slotted:
+    """A callback that is an object."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, pipeline, i, t, tensors):
+        self.calls += 1
+        return tensors
+
+
+def test_callbacks_of_any_kind_are_called(build):
+    pipe = build("sd3")
+    vivace.accelerate(pipe)
+    slotted, seen = Slotted(), []
+    run(pipe, "sd3", callback_on_step_end=slotted)
+    run(
+        pipe, "sd3", callback_on_step_end=partial(lambda kept, pipeline, i, t, tensors: kept.append(i) or tensors, seen)
+    )
+
+    class Own(PipelineCallback):
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            seen.append(step_index)
+            return callback_kwargs
+
+    run(pipe, "sd3", callback_on_step_end=Own())
+    assert slotted.calls == 4 and seen == [0, 1, 2, 3] * 2
+
+
+def test_guidance_cut_by_a_callback_is_the_plans_to_cut(build):
+    pipe = build("sd15")
+    plan = vivace.Plan.from_diffusers(pipe.scheduler, steps=4)
+    guided = vivace.passes.apply_guidance(plan, 7.5)
+    vivace.accelerate(pipe, guided, arithmetic="plan")
+    with pytest.raises(vivace.StateError, match=r"apply_guidance\(plan, interval="):
+        run(pipe, "sd15", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+    vivace.restore(pipe)
+    vivace.accelerate(pipe)
+    cut = run(pipe, "sd15", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+    vivace.restore(pipe)
+    assert torch.equal(cut, run(pipe, "sd15", callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5)))
+
+
+def test_objects_made_from_an_accelerated_one_are_plain_and_pickles_are(build):
+    pipe = build("sd15")
+    plain = run(pipe, "sd15")
+    vivace.accelerate(pipe)
+    again = type(pipe)(**pipe.components, requires_safety_checker=False)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, "sd15"), plain)
+    thawed = pickle.loads(pickle.dumps(pipe))
+    assert type(thawed) is type(pipe).__mro__[1] and torch.equal(run(thawed, "sd15"), plain)
+    assert copy.copy(pipe).unet is pipe.unet
+
+
+def test_a_session_of_an_accelerated_pipeline_is_that_of_the_plain_one(build):
+    pipe = build("sd3")
+    plan = vivace.Plan.from_diffusers(pipe.scheduler, steps=2)
+    prompt = {name: value for name, value in tiny.FAMILIES["sd3"].arguments().items() if "embeds" in name}
+    options = {"call": {"height": 16, "width": 16}}
+    plain = vivace.load(pipe, **options).compile(plan)(prompt, seed=3).latents
+    vivace.accelerate(pipe, plan)
+    assert torch.equal(vivace.load(pipe, **options).compile(plan)(prompt, seed=3).latents, plain)
+
+
+class OwnEuler(EulerDiscreteScheduler):
+    """A user's subclass."""
+
+
+def test_a_subclass_of_a_scheduler_runs_plans(build):
+    pipe, other = build("sdxl"), build("sdxl")
+    pipe.scheduler = OwnEuler.from_config(pipe.scheduler.config)
+    vivace.accelerate(pipe, vivace.Plan.from_diffusers(other.scheduler, steps=4), kernels=False)
+    picture, plain = run(pipe, "sdxl"), run(other, "sdxl")
+    assert (picture - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", ["img2img_sd", "inpaint_sd"])
+def test_a_scheduler_with_a_grid_of_its_own_for_tails_keeps_the_rows_of_the_full_one(build, name):
+    pipe = build(name)
+    pipe.scheduler = LCMScheduler()
+    plain = run(pipe, name, num_inference_steps=6)
+    vivace.accelerate(pipe, arithmetic="plan", kernels=False)
+    picture = run(pipe, name, num_inference_steps=6)
+    assert (picture - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+def test_further_calls_of_the_pipelines_own_guidance_are_answered(build):
+    pipe = build("sd3")
+    plan = vivace.passes.apply_guidance(vivace.Plan.from_diffusers(pipe.scheduler, steps=4), 5.0)
+    vivace.accelerate(pipe, plan, arithmetic="plan")
+    arguments = tiny.FAMILIES["sd3"].arguments()
+    two = {name: value.repeat_interleave(2, 0) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    run(pipe, "sd3", skip_guidance_layers=[0], skip_layer_guidance_stop=1.0, **two)
+    assert "skip_guidance_layers had no effect" in " ".join(vivace.receipt(pipe).warnings)
+    assert vivace.receipt(pipe).branch_evals == 8
+
+
+def test_a_call_that_ends_early_says_so(build):
+    pipe = build("sdxl")
+    vivace.accelerate(pipe)
+    run(pipe, "sdxl", num_inference_steps=10, denoising_end=0.6)
+    assert any("were not run: the call ended early" in line for line in vivace.receipt(pipe).warnings)
+
+
+def test_plans_that_do_not_fit_are_refused_before_any_work(build):
+    pipe, video = build("sd15"), build("sd3")
+    schedule = vivace.NoiseSchedule.from_diffusers(pipe.scheduler)
+    with pytest.raises(
+        vivace.ArgumentError, match="the plan is for prediction 'v', the pipeline's PNDMScheduler for 'eps'"
+    ):
+        vivace.accelerate(pipe, vivace.make_plan(schedule, steps=4, prediction="v"))
+    with pytest.raises(vivace.ArgumentError, match="for prediction 'eps', the pipeline's FlowMatchEuler"):
+        vivace.accelerate(video, vivace.make_plan(schedule, steps=4))
+    with pytest.raises(vivace.ArgumentError, match="the plan is a tail"):
+        vivace.accelerate(pipe, vivace.make_plan(schedule, steps=4).tail(0.5))
+    vivace.accelerate(pipe, vivace.make_plan(schedule, steps=4))
+    with pytest.raises(vivace.ArgumentError, match=r"eta=1\.0: the plan decides the noise"):
+        run(pipe, "sd15", eta=1.0)
+    pipe.unet.register_to_config(time_cond_proj_dim=8)
+    vivace.restore(pipe)
+    vivace.accelerate(pipe, vivace.passes.apply_guidance(vivace.make_plan(schedule, steps=4), 3.0))
+    with pytest.raises(vivace.ArgumentError, match="no unconditional branch"):
+        run(pipe, "sd15")
+
+
+def test_three_branches_are_left_to_the_pipeline(build):
+    pipe = build("sd15")
+    pipe.__class__ = type("StableDiffusionPAGPipeline", (type(pipe),), {})
+    with pytest.raises(vivace.UnsupportedError, match="how it runs guidance is not known"):
+        vivace.accelerate(pipe, vivace.passes.apply_guidance(plan_for(pipe), 3.0))
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "sana", "hunyuan_video", "sd3", "sd15"])
+def test_float64_runs_under_a_plan(build, name):
+    pipe = build(name).to(torch.float64)
+    call = tiny.FAMILIES[name].arguments(torch.float64)
+    pictures = []
+    for accelerated in (False, True):
+        if accelerated:
+            vivace.accelerate(pipe, arithmetic="plan")
+        pictures.append(torch.as_tensor(pipe(**call, generator=torch.Generator().manual_seed(0))[0]).double())
+    assert (pictures[1] - pictures[0]).abs().max() < 1e-5 * pictures[0].abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import time
@@ -72,6 +73,7 @@ def accelerate(
     planner = Planner(plan, arithmetic == "auto")
     if plan is not None:
         _check(plan)
+        planner.check_scheduler(pipeline.scheduler)
     if not planner.silent:
         require_style(pipeline)
     if decode is not None:
@@ -93,6 +95,23 @@ def restore(pipeline: Any) -> Any:
         del pipeline.__dict__[_KEY]
         pipeline.__class__ = type(pipeline).__mro__[1]
     return pipeline
+
+
+def plain_pipeline(pipeline: Any) -> Any:
+    """`pipeline`, or where it is accelerated an object of its own class that shares its parts."""
+    return _plain(*_parts(pipeline)) if _KEY in getattr(pipeline, "__dict__", {}) else pipeline
+
+
+def _parts(pipeline: Any) -> tuple[type, dict[str, Any]]:
+    """Class and attributes of an accelerated pipeline before it was."""
+    state = {name: part for name, part in pipeline.__dict__.items() if name != _KEY}
+    return type(pipeline).__mro__[1], state
+
+
+def _plain(cls: type, state: dict[str, Any]) -> Any:
+    made = object.__new__(cls)
+    made.__dict__.update(state)
+    return made
 
 
 def receipt(pipeline: Any) -> Receipt:
@@ -129,9 +148,11 @@ class Acceleration:
     def run(self, pipeline: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`call(pipeline, ...)` with the stand-ins of one run in place."""
         style = call_style(pipeline)
-        arguments, kwargs = self._arguments(pipeline, call, args, kwargs)
-        self.planner.check(arguments, style)
+        arguments, filled = self._arguments(pipeline, call, args, kwargs)
+        self.planner.check(pipeline, arguments, style)
         with self.lock:
+            if pipeline.__dict__.get(_KEY) is not self:  # restored while this call waited
+                return call(pipeline, *args, **kwargs)
             if self.active:
                 raise StateError("the pipeline is called from inside its own call; use a second pipeline object")
             began = time.perf_counter()
@@ -144,14 +165,14 @@ class Acceleration:
             run = Run(pipeline, self.planner, arguments, style, dict(modules), self.kernels, fused)
             swapped = {"scheduler": run.scheduler, **{n: run.network(n, m) for n, m in modules.items()}}
             swapped |= self._around(pipeline, arguments, reports)
-            if callable(kwargs.get("callback_on_step_end")):
-                kwargs["callback_on_step_end"] = run.callback(kwargs["callback_on_step_end"])
+            if callable(filled.get("callback_on_step_end")):
+                filled["callback_on_step_end"] = run.callback(filled["callback_on_step_end"])
             state = pipeline.__dict__
             before = {name: state.get(name) for name in swapped}
             self.active = True
             try:
                 state.update(swapped)
-                result = call(pipeline, **kwargs)
+                result = call(pipeline, **filled)
             finally:
                 self.active = False
                 for name, old in before.items():
@@ -190,8 +211,9 @@ class Acceleration:
         timed = any(explicit.get(name) is not None for name in ("timesteps", "sigmas"))
         if "num_inference_steps" in values and not timed and self.planner.steps is not None:
             filled.setdefault("num_inference_steps", self.planner.steps)
-        if style is not None and self.planner.scale is not None and style.scale in values:
-            filled.setdefault(style.scale, self.planner.scale)
+        scale = self.planner.scale
+        if style is not None and scale is not None and scale > 1.0 and style.scale in values:
+            filled.setdefault(style.scale, scale)
         return Arguments({**values, **filled}, frozenset(explicit)), filled
 
     def _keep(self, made: Receipt) -> None:
@@ -208,7 +230,9 @@ def _of(pipeline: Any, what: str) -> Acceleration:
 
 
 def _check(plan: Plan) -> None:
-    """Refuse rows that need more than whole evaluations."""
+    """Refuse tails, and rows that need more than whole evaluations."""
+    if plan.recipe is not None and plan.recipe.tail is not None:
+        raise ArgumentError("accelerate: the plan is a tail; give the full plan, of which the call's strength cuts one")
     from vivace.engine.executors.eager import beyond
 
     full = 1.0 if plan.binding is None else float(plan.binding.tokens)
@@ -228,7 +252,29 @@ def _accelerated(cls: type) -> type:
 
     @wraps(original)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_KEY].run(self, original, args, kwargs)
+        acceleration = self.__dict__.get(_KEY)  # none for an object made anew from the class
+        if acceleration is None:
+            return original(self, *args, **kwargs)
+        return acceleration.run(self, original, args, kwargs)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        return _plain, _parts(self)
+
+    def copied(self: Any) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def copied_deep(self: Any, memo: dict[int, Any]) -> Any:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     body = {"__call__": called, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body |= {
+        "__reduce_ex__": reduced,
+        "__copy__": copied,
+        "__deepcopy__": copied_deep,
+    }  # pickles are of the plain class
     return type(cls.__name__, (cls,), body)

@@ -18,8 +18,8 @@ class CallStyle:
 
     order: of the branches in one batch, ("uncond", "cond") or ("cond", "uncond"); separate: one network call a branch,
     in that order; scale: the argument that is the guidance scale; needs: guidance also takes a negative prompt;
-    doubled: the latents themselves are held twice; sign: of the prediction that the scheduler gets; plain: the pipeline
-    combines as uncond + scale * (cond - uncond) and does no more.
+    doubled: the latents themselves are held twice; rescaled: the scheduler steps what the network read; sign: of the
+    prediction that the scheduler gets; plain: the pipeline's own is uncond + scale * (cond - uncond) and no more.
     """
 
     order: tuple[str, str] = ("uncond", "cond")
@@ -27,6 +27,7 @@ class CallStyle:
     scale: str = "guidance_scale"
     needs: tuple[str, ...] = ()
     doubled: bool = False
+    rescaled: bool = False
     sign: float = 1.0
     plain: bool = True
 
@@ -42,22 +43,34 @@ _SEPARATE = CallStyle(("cond", "uncond"), separate=True)
 _NEGATIVE = ("negative_prompt", "negative_prompt_embeds")
 _TRUE_CFG = CallStyle(("cond", "uncond"), separate=True, scale="true_cfg_scale", needs=_NEGATIVE)
 
-# Beginning of the pipeline's class name -> its style; the longest that fits decides.
-STYLES: dict[str, CallStyle] = {
+# Beginning of the pipeline's class name -> its style; the longest that fits decides. None: its own guidance only.
+STYLES: dict[str, CallStyle | None] = {
     "CogVideoX": _BATCHED,
-    "DiT": CallStyle(("cond", "uncond"), doubled=True),
+    "DiT": CallStyle(("cond", "uncond"), doubled=True, rescaled=True),
     "Flux": _TRUE_CFG,
     "Flux2": CallStyle(("cond", "uncond"), separate=True, needs=("",)),  # the scale is an input of the network
     "Flux2Klein": _SEPARATE,
     "HunyuanDiT": _BATCHED,
+    "HunyuanDiTPAG": None,
     "HunyuanVideo": _TRUE_CFG,
     "LTX": _BATCHED,
+    "LTX2": None,  # two schedulers
+    "LTXCondition": None,  # latents are cut on their way to the scheduler, as in the next one
+    "LTXImageToVideo": None,
     "LatentConsistencyModel": CallStyle(needs=("",)),
     "Lumina2": CallStyle(("cond", "uncond"), separate=True, sign=-1.0, plain=False),
     "PixArt": _BATCHED,
+    "PixArtSigmaPAG": None,  # three branches, as every PAG and InstructPix2Pix
     "QwenImage": CallStyle(("cond", "uncond"), separate=True, scale="true_cfg_scale", needs=_NEGATIVE, plain=False),
     "Sana": _BATCHED,
+    "SanaPAG": None,
+    "SanaSprint": None,
     "StableDiffusion": _BATCHED,
+    "StableDiffusion3PAG": None,
+    "StableDiffusionInstructPix2Pix": None,
+    "StableDiffusionPAG": None,
+    "StableDiffusionXLInstructPix2Pix": None,
+    "StableDiffusionXLPAG": None,
     "Wan": _SEPARATE,
 }
 
@@ -67,6 +80,15 @@ def call_style(pipeline: Any) -> CallStyle | None:
     name = type(pipeline).__name__
     fitting = [start for start in STYLES if name.startswith(start)]
     return STYLES[max(fitting, key=len)] if fitting else None
+
+
+def runs_uncond(pipeline: Any, style: CallStyle | None, call: Mapping[str, Any]) -> bool:
+    """A call with these arguments runs an unconditional branch; networks with the scale as an input never do."""
+    if style is None or not style.guided(call):
+        return False
+    unet = getattr(pipeline, "unet", None)
+    embedded = unet is not None and unet.config.get("time_cond_proj_dim") is not None
+    return not embedded and not pipeline.config.get("is_distilled", False)
 
 
 def require_style(pipeline: Any) -> CallStyle:

@@ -64,6 +64,8 @@ class OneStep:
         self.sigmas = torch.tensor([1.0, 0.0])
 
     def __getattr__(self, name: str) -> Any:
+        if "_own" not in self.__dict__:  # a copy in the making
+            raise AttributeError(name)
         return getattr(self.__dict__["_own"], name)  # configuration and whatever else pipelines read
 
     def set_timesteps(

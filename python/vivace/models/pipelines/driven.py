@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivace.engine.plan import Plan, Step
+from vivace.engine.plan import Affine, Plan, Step
 from vivace.engine.planning import replan
 from vivace.engine.stepper import Stepper
-from vivace.errors import ArgumentError, StateError, UnsupportedError
+from vivace.engine.verify import verify
+from vivace.errors import ArgumentError, ShapeError, StateError, UnsupportedError
 from vivace.models.pipelines.branches import batch_of, half, output_of, twice, with_output
 from vivace.models.pipelines.calls import CallStyle
 
@@ -21,6 +23,11 @@ Network = Callable[..., Any]
 _DRAW_TO_THE_END = frozenset(
     ("DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 )
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts writes in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Driven:
@@ -50,6 +57,7 @@ class Driven:
         self._returned: Tensor | None = None
         self._version = 0
         self._unscaled: Tensor | None = None
+        self._samples = 0  # of a branch
         self._trusted = silent  # how the pipeline treats predictions was checked
         self._draw: Callable[[], Tensor] = torch.Tensor
 
@@ -108,7 +116,8 @@ class Driven:
         if self.style.separate:
             return self._separate(step, network, args, kwargs)
         if self._calls > 1:  # a further call of the pipeline's own guidance, which the plan replaces
-            return self._shown, 0
+            own = batch_of(args, kwargs) == self._samples
+            return (with_output(self._shown, self._outs["cond"]) if own else self._shown), 0
         return self._batched(step, network, args, kwargs)
 
     def _model(self, asked: str, planned: str, networks: Mapping[str, Network]) -> str:
@@ -133,9 +142,15 @@ class Driven:
     def _batched(self, step: Step, network: Network, args: Any, kwargs: Any) -> tuple[Any, int]:
         assert self.style is not None
         batch, cond = batch_of(args, kwargs), self.style.order.index("cond")
-        if batch % 2:
-            raise UnsupportedError(
-                f"a guided call of {batch} rows; need cond and uncond in one batch of twice the size"
+        self._samples = self._samples or batch // 2
+        if batch == self._samples and "uncond" not in step.branches:  # the pipeline stopped its guidance as well
+            self._shown = network(*args, **kwargs)
+            self._outs = {"cond": output_of(self._shown)}
+            return self._shown, 1
+        if batch != 2 * self._samples:
+            raise StateError(
+                f"a guided row with a batch of {batch}; need cond and uncond, {2 * self._samples}. Guidance that a "
+                "callback or an option of the call ends is the plan's to end: apply_guidance(plan, interval=...)"
             )
         if "uncond" in step.branches:
             result = network(*args, **kwargs)
@@ -152,11 +167,12 @@ class Driven:
         """The row's update; returns the latents for the pipeline, [n, ...] (or held twice, as the pipeline does)."""
         doubled = self.guided and not self.silent and self.style is not None and self.style.doubled
         row = self._row(timestep)
-        x = sample
+        rescaled = self.style is not None and self.style.rescaled and self._unscaled is not None
+        x = self._unscaled if rescaled and self._unscaled is not None else sample
         if doubled:
-            x = (sample if self._unscaled is None else self._unscaled).chunk(2)[0]
+            x = x.chunk(2)[0]
         self._set_draw(model_output, sample, generator, x.shape[0])
-        self._state(x, doubled)
+        self._state(x, doubled, model_output.dtype)
         assert self._stepper is not None
         outs = (model_output,) if self.silent else self._predictions(row, model_output, x)
         result = self._stepper.advance(outs)
@@ -166,20 +182,20 @@ class Driven:
         self._outs, self._calls = {}, 0
         if doubled:
             return twice(result)
-        self._returned, self._version = result, result._version
+        self._returned, self._version = result, version_of(result)
         return result
 
-    def _state(self, x: Tensor, doubled: bool) -> None:
-        """The stepper stands where the pipeline stands."""
+    def _state(self, x: Tensor, doubled: bool, output: torch.dtype) -> None:
+        """The stepper stands where the pipeline stands; `output`: dtype of the predictions."""
         assert self._current is not None
         if self._stepper is None:
-            self._stepper = self._started(self._current[0], x)
+            self._stepper = self._started(self._current[0], x, output)
             return
         same = doubled or x is self._returned
-        if self.changed or (same and not doubled and x._version != self._version):
+        if self.changed or (same and not doubled and version_of(x) != self._version):
             if self._at % self.order == 0:
                 self._current = self._plan_from(self._at), self._at
-                self._stepper = self._started(self._current[0], x)
+                self._stepper = self._started(self._current[0], x, output)
                 self.restarts += 1
             else:
                 self._stepper.put(x)
@@ -197,10 +213,21 @@ class Driven:
                 "plan of make_plan or Plan.from_diffusers"
             )
         left = self.steps - evaluation // self.order
-        return replan(self.plan.recipe, tail=min(1.0, (left + 0.5) / self.steps))
+        tail = replan(self.plan.recipe, tail=min(1.0, (left + 0.5) / self.steps))
+        rest = self._rows[evaluation:]
+        if [s.timestep for s in tail.steps if s.variant is not None] == [s.timestep for s in rest]:
+            return tail
+        # A scheduler with a grid of its own for such runs, while the pipeline keeps the rows of the full one.
+        first = [i for i, step in enumerate(self.plan.steps) if step.variant is not None][evaluation]
+        start = Affine("x", (("input:start", 1.0),))
+        return verify(replace(self.plan, steps=self.plan.steps[first:], init=(start,)))
 
-    def _started(self, plan: Plan, x: Tensor) -> Stepper:
-        stepper = Stepper(plan, x, self.values, lambda: self._draw())
+    def _started(self, plan: Plan, x: Tensor, output: torch.dtype) -> Stepper:
+        shape = tuple(x.shape[1:])
+        if plan.binding is not None and plan.binding.latent_shape != shape:
+            raise ShapeError(f"the plan is bound to latents {plan.binding.latent_shape}, the call has {shape}")
+        wide = torch.float64 in (x.dtype, output)
+        stepper = Stepper(plan, x, self.values, lambda: self._draw(), torch.float64 if wide else torch.float32)
         stepper.start(x)
         return stepper
 
@@ -258,7 +285,7 @@ class Driven:
         return rows[self._at - base]
 
     def _find(self, timestep: Any) -> int:
-        """First evaluation at a timestep. It is read from the device, before the loop."""
+        """First evaluation at a timestep, which is read from its device."""
         wanted = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
         for i, step in enumerate(self._rows):
             if abs(step.timestep - wanted) <= 1e-4 * max(1.0, abs(wanted)):

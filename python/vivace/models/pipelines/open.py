@@ -29,6 +29,7 @@ from vivace.errors import ArgumentError, ModelError, ShapeError, UnsupportedErro
 from vivace.models.checkpoint import read_object
 from vivace.models.load import prediction_of
 from vivace.models.pipe import check_counts, device_of, dtype_of, plan_file
+from vivace.models.pipelines.accelerate import plain_pipeline
 from vivace.models.pipelines.calls import call_style
 from vivace.models.pipelines.capture import Heard, argument_names, hear
 from vivace.models.pipelines.decode import DecodeOptions
@@ -95,7 +96,7 @@ def open_foreign(
             raise ArgumentError(
                 "load: latent_shape is for bare networks; a pipeline has call={'height': ..., 'width': ...}"
             )
-        return PipelinePipe(_with_scheduler(source, scheduler), call or {}, decode)
+        return PipelinePipe(_with_scheduler(plain_pipeline(source), scheduler), call or {}, decode)
     if isinstance(source, torch.nn.Module) and hasattr(source, "config"):
         if call or decode:
             raise ArgumentError("load: call and decode are for pipelines; a bare network takes latent_shape")

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vivace.engine.diffusers_config import PREDICTION_TYPES
 from vivace.engine.from_diffusers import plan_from_diffusers
 from vivace.engine.passes import apply_experts
 from vivace.engine.plan import Plan, Recipe, Step
 from vivace.engine.planning import apply_passes, replan
 from vivace.errors import ArgumentError, UnsupportedError
-from vivace.models.pipelines.calls import CallStyle
+from vivace.models.pipelines.calls import CallStyle, runs_uncond
 
-_EXTRAS = ("guidance_rescale", "use_dynamic_cfg", "pag_scale", "skip_guidance_layers", "cfg_trunc_ratio")
+_EXTRAS = ("guidance_rescale", "use_dynamic_cfg", "pag_scale", "skip_guidance_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,26 @@ class Planner:
         several = any(len(variant.branches) > 1 for variant in self.plan.variants)
         return not several and all(name != "apply_guidance" for name, _ in passes)
 
-    def check(self, call: Arguments, style: CallStyle | None) -> None:
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raise ArgumentError unless the plan is for what the pipeline's network predicts."""
+        kind = type(scheduler).__name__
+        named = "flow_prediction" if kind.startswith("FlowMatch") else scheduler.config.get("prediction_type")
+        predicts = PREDICTION_TYPES.get(named)
+        if self.plan is not None and predicts is not None and self.plan.prediction != predicts:
+            raise ArgumentError(
+                f"the plan is for prediction {self.plan.prediction!r}, the pipeline's {kind} for {predicts!r}; make "
+                f"the plan with prediction={predicts!r}"
+            )
+
+    def check(self, pipeline: Any, call: Arguments, style: CallStyle | None) -> None:
         """Refuse a call this plan cannot run, before any work. Raises: ArgumentError."""
         if self.plan is None:
             return
+        self.check_scheduler(pipeline.scheduler)
+        if call.said("eta"):
+            raise ArgumentError(f"eta={call.said('eta')}: the plan decides the noise of its rows; make it with eta=")
+        if not self.silent and call.said("cfg_trunc_ratio") not in (None, 1.0):
+            raise ArgumentError("cfg_trunc_ratio: the plan decides guidance; use apply_guidance(plan, interval=...)")
         wanted = call.said("num_inference_steps")
         if self.plan.recipe is None and wanted is not None and wanted != self.steps:
             raise ArgumentError(
@@ -100,12 +117,12 @@ class Planner:
             )
         if self.plan.recipe is None and any(call.said(name) is not None for name in ("timesteps", "sigmas")):
             raise ArgumentError("timesteps, sigmas: the plan has no recipe to plan it anew; leave them out")
-        if self.plan.recipe is None and call.values.get("strength", 1.0) < 1.0:
+        if self.plan.recipe is None and float(call.values.get("strength") or 1.0) < 1.0:
             raise ArgumentError("strength: the plan has no recipe to plan its tail; use make_plan or from_diffusers")
         if self.silent or style is None:
             return
         guided = [i for i, step in enumerate(self.plan.steps) if "uncond" in step.branches]
-        if guided and not style.guided(call.values):
+        if guided and not runs_uncond(pipeline, style, call.values):
             given = f"{style.scale}={call.values.get(style.scale)}"
             needs = f" and {' or '.join(style.needs)}" if any(style.needs) else ""
             raise ArgumentError(
@@ -121,7 +138,8 @@ class Planner:
         Raises: ArgumentError, PlanError, UnsupportedError.
         """
         asked = {name: call.said(name) for name in (*_EXTRAS, "timesteps", "sigmas")}
-        state = (type(scheduler).__name__, scheduler.config, getattr(scheduler, "shift", None))
+        tables = [getattr(scheduler, name, None) for name in ("shift", "alphas_cumprod")]
+        state = (type(scheduler).__name__, scheduler.config, tables)
         key = _frozen((*state, given, asked))
         if key not in self._made:
             if len(self._made) >= self.kept:
@@ -188,7 +206,7 @@ class Planner:
             changes["steps"] = given["steps"]
         for name in ("timesteps", "sigmas"):
             if call.said(name) is not None:
-                values = [float(value) for value in call.said(name)]
+                values = [float(value) for value in call.said(name)][: given["steps"]]  # some end with the last level
                 changes |= {name: values, "steps": given["steps"], "grid": None}
         if recipe.maker == "from_diffusers":
             changes.pop("grid", None)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vivace.errors import UnsupportedError
 from vivace.models.pipelines.branches import batch_of
-from vivace.models.pipelines.calls import CallStyle
-from vivace.models.pipelines.driven import Driven
+from vivace.models.pipelines.calls import CallStyle, runs_uncond
+from vivace.models.pipelines.driven import Driven, version_of
 from vivace.models.pipelines.planned import Arguments, Effective, Planner
 from vivace.models.pipelines.scheduling import arguments_of, scheduler_of
 from vivace.models.pipelines.views import view
@@ -38,7 +39,7 @@ class Run:
         self.networks, self.kernels, self._fused = networks, kernels, fused
         self.own_scheduler = pipeline.scheduler
         self.scheduler = scheduler_of(pipeline.scheduler, self)
-        self.guided = style is not None and style.guided(call.values)
+        self.guided = runs_uncond(pipeline, style, call.values)
         self.separate = style is not None and style.separate
         self.begin = 0  # evaluations of the full plan that an image-to-image run leaves out
         self.effective: Effective | None = None
@@ -61,8 +62,9 @@ class Run:
         own(*args, **kwargs)
         plan, steps = self.effective.plan, given["steps"]
         strength = self.call.values.get("strength")
-        if isinstance(strength, (int, float)) and strength < 1.0 and hasattr(self.pipeline, "get_timesteps"):
-            left = min(int(steps * strength), steps)  # timesteps may repeat: they do not tell where a run starts
+        cut = strength is not None and self.call.values.get("denoising_start") is None
+        if cut and hasattr(self.pipeline, "get_timesteps"):
+            left = min(int(steps * float(strength)), steps)  # timesteps may repeat: they do not tell where a run starts
             self.begin = (steps - left) * max(1, round(plan.nfe / steps))
         if self.effective.own:
             return
@@ -124,9 +126,10 @@ class Run:
     def _evaluate(self, name: str, args: Any, kwargs: Any) -> Any:
         start = time.perf_counter()
         batch = batch_of(args, kwargs)
-        self.pictures = batch // 2 if self.guided and not self.separate else batch
+        if not self.rows:
+            self.pictures = batch // 2 if self.guided and not self.separate else batch
         if self.driven is None:
-            result, branches = self.networks[name](*args, **kwargs), 1 + (self.guided and not self.separate)
+            result, branches = self.networks[name](*args, **kwargs), max(1, batch // max(1, self.pictures))
         else:
             result, branches = self.driven.evaluate(name, self.networks, args, kwargs)
         self._branches += branches
@@ -139,14 +142,27 @@ class Run:
 
         def called(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             before = tensors.get("latents")
-            version = None if before is None else before._version
+            if self.driven is None or before is None:
+                result = own(pipeline, step, timestep, tensors)
+                if self.driven is not None:
+                    self.driven.changed |= isinstance(result, dict) and "latents" in result
+                return result
+            version, kept = version_of(before), before.clone() if before.is_inference() else before
             result = own(pipeline, step, timestep, tensors)
             after = result.get("latents", before) if isinstance(result, dict) else before
-            if self.driven is not None and (after is not before or (after is not None and after._version != version)):
-                self.driven.changed = True
+            written = version_of(before) != version or not (kept is before or torch.equal(kept, before))
+            self.driven.changed |= after is not before or written
             return result
 
-        return called if inspect.isroutine(own) else view(own, __call__=called)
+        from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+        asked = isinstance(own, (MultiPipelineCallbacks, PipelineCallback))  # pipelines ask these for their tensors
+        return view(own, __call__=called) if asked else called
+
+    def copied(self) -> None:
+        """The pipeline copies its scheduler: fine where the original does the work. Raises: UnsupportedError."""
+        if self.driven is not None:
+            raise UnsupportedError("the pipeline copies its scheduler for a second loop, which a plan cannot drive")
 
     def _values(self) -> dict[str, float]:
         """Numbers of the call that the plan reads."""

@@ -19,7 +19,7 @@ def scheduler_of(scheduler: Any, run: Any) -> Any:
     asked for the scale of the start noise.
     """
     made = copy.deepcopy(scheduler)
-    made.__class__ = _driven(type(scheduler))
+    made.__class__ = _driven(type(scheduler), hasattr(scheduler, "init_noise_sigma"))
     made.__dict__[_RUN] = run
     return made
 
@@ -35,8 +35,8 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 @cache
-def _driven(cls: type) -> type:
-    """The subclass of a scheduler class that asks its run."""
+def _driven(cls: type, scaled: bool) -> type:
+    """The subclass of a scheduler class that asks its run; scaled: it has an `init_noise_sigma`."""
 
     def method(name: str) -> Any:
         original = getattr(cls, name)
@@ -49,12 +49,20 @@ def _driven(cls: type) -> type:
 
     def scale(self: Any) -> Any:
         kept = self.__dict__
-        own = kept["init_noise_sigma"] if "init_noise_sigma" in kept else cls.__dict__["init_noise_sigma"].fget(self)
+        own = kept["init_noise_sigma"] if "init_noise_sigma" in kept else super(made, self).init_noise_sigma
         return kept[_RUN].init_noise_sigma(own)
 
     def keep(self: Any, value: Any) -> None:
         self.__dict__["init_noise_sigma"] = value
 
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        self.__dict__[_RUN].copied()
+        twin = object.__new__(cls)
+        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != _RUN}, memo))
+        return twin
+
     body: dict[str, Any] = {name: method(name) for name in _METHODS if hasattr(cls, name)}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), body | {"init_noise_sigma": property(scale, keep)})
+    body |= {"__deepcopy__": copied} | ({"init_noise_sigma": property(scale, keep)} if scaled else {})
+    made = type(cls.__name__, (cls,), body)
+    return made

@@ -39,7 +39,7 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
         peak_memory=peak_memory(device),
         pool=0 if run.driven is None else run.driven.pool_bytes,
         kernels=_kernels(run, reports),
-        warnings=_warnings(run),
+        warnings=(*effective.warnings, *_cut(run, len(branches))),
         versions={"vivace": __version__, "torch": torch.__version__},
         details=_details(run, reports),
     )
@@ -65,7 +65,7 @@ def _details(run: Run, reports: Mapping[str, Any]) -> dict[str, Any]:
     return details
 
 
-def _warnings(run: Run) -> tuple[str, ...]:
-    """Options without effect, rows not run."""
-    assert run.effective is not None
-    return run.effective.warnings
+def _cut(run: Run, planned: int) -> list[str]:
+    """A line when the call ended before its plan did."""
+    ran = sum(row[0] > 0 for row in run.rows)
+    return [f"{planned - ran} of {planned} evaluations were not run: the call ended early"] if ran < planned else []
