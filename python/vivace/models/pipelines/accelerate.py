@@ -194,7 +194,7 @@ class Acceleration:
         if hasattr(pipeline, "encode_prompt") and call.values.get("prompt") is not None and self.prompts.limit_bytes:
             outcomes = reports["prompts"] = []
             swapped["encode_prompt"] = cached_encode_prompt(pipeline, self.prompts, outcomes.append)
-        if getattr(pipeline, "vae", None) is not None:
+        if getattr(pipeline, "vae", None) is not None and self.decode != DecodeOptions():
             swapped["vae"], reports["decode"] = decoder_view(pipeline.vae, self.decode)
         return swapped
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from vivace.engine.diffusers_config import PREDICTION_TYPES
 from vivace.engine.from_diffusers import plan_from_diffusers
 from vivace.engine.passes import apply_experts
@@ -244,7 +246,9 @@ def _same_scheduler(recipe: Recipe, own: Recipe | None) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    """A hashable form of configurations and arguments."""
+    """A hashable form of configurations and arguments, tensors by content."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.detach().cpu().double().numpy().tobytes()
     if isinstance(value, Mapping):
         return tuple(sorted((str(name), _frozen(item)) for name, item in value.items()))
     if isinstance(value, (list, tuple)):

@@ -44,7 +44,7 @@ class Run:
         self.begin = 0  # evaluations of the full plan that an image-to-image run leaves out
         self.effective: Effective | None = None
         self.driven: Driven | None = None
-        self.pictures = 1  # samples of a branch
+        self.pictures, self.device = 1, torch.device("cpu")  # samples of a branch; where the network runs
         self.rows: list[tuple[int, float, float]] = []  # branches evaluated, ms of the network, ms of the step
         self._branches, self._network_ms = 0, 0.0
 
@@ -127,6 +127,7 @@ class Run:
         start = time.perf_counter()
         batch = batch_of(args, kwargs)
         if not self.rows:
+            self.device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), self.device)
             self.pictures = batch // 2 if self.guided and not self.separate else batch
         if self.driven is None:
             result, branches = self.networks[name](*args, **kwargs), max(1, batch // max(1, self.pictures))

@@ -18,7 +18,7 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
     effective = run.effective
     if effective is None:
         raise StateError(f"{type(pipeline).__name__} never asked its scheduler for timesteps; it cannot be accelerated")
-    plan, device = effective.plan, torch.device(pipeline._execution_device)
+    plan, device = effective.plan, run.device
     both = effective.silent and run.guided
     branches = [2 if both else len(step.branches) for step in plan.steps if step.variant is not None][run.begin :]
     return Receipt(
@@ -56,8 +56,7 @@ def _kernels(run: Run, reports: Mapping[str, Any]) -> tuple[KernelUse, ...]:
 
 def _details(run: Run, reports: Mapping[str, Any]) -> dict[str, Any]:
     details: dict[str, Any] = {"prompts": reports["prompts"]} if "prompts" in reports else {}
-    if "decode" in reports and reports["decode"].decodes:
-        details["decode"] = reports["decode"].to_dict()
+    details["decode"] = reports["decode"].to_dict() if "decode" in reports else "as the pipeline does"
     if left := {name: report.to_dict()["left"] for name, report in reports.get("fused", {}).items()}:
         details["kernels_left"] = left
     if run.driven is not None and run.driven.restarts:
