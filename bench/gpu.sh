@@ -20,13 +20,17 @@ step() { # NAME COMMAND...: run, log, time, remember failures
 }
 
 [ -d wheels ] && step wheels "$python" -m pip install --no-index --find-links wheels \
-    pytest hypothesis pybind11 ninja safetensors pillow typer rapidfuzz
+    pytest hypothesis pybind11 ninja safetensors pillow typer rapidfuzz $(ls wheels | grep -o '^diffusers' || true)
 step build env VIVACE_REQUIRE_EXT=1 "$python" setup.py -q build_ext --inplace
 export PYTHONPATH=$PWD/python
 step doctor "$python" -m vivace doctor --json
 "$python" -m vivace doctor --json >"$out/doctor.json"
 step kernels "$python" -m pytest -q tests/kernels -p no:cacheprovider
-step bench "$python" -m vivace bench kernels --quick
-"$python" -m vivace bench kernels --quick --json >"$out/bench_kernels.json"
+step bench "$python" -m vivace bench kernels --quick --out "$out"
+if "$python" -c "import diffusers" 2>/dev/null; then
+    step denoiser "$python" -m vivace bench denoiser --quick --out "$out"
+else
+    echo "left out denoiser: diffusers is not installed (its wheels and those of its needs may lie in wheels/)"
+fi
 step generate "$python" -m vivace generate "red heart" --n 4 --out "$out/heart.png"
 exit $failed
