@@ -21,7 +21,7 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tests.models.pipelines import tiny
+from tests.models.pipelines import texts, tiny
 
 import vivace
 
@@ -627,3 +627,26 @@ def test_float64_runs_under_a_plan(build, name):
             vivace.accelerate(pipe, arithmetic="plan")
         pictures.append(torch.as_tensor(pipe(**call, generator=torch.Generator().manual_seed(0))[0]).double())
     assert (pictures[1] - pictures[0]).abs().max() < 1e-5 * pictures[0].abs().max()
+
+
+def test_text_and_pictures_stand_in_the_receipt():
+    pipe = texts.stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+
+    def draw(prompt):
+        return pipe(prompt, **call, generator=torch.Generator().manual_seed(0)).images
+
+    plain = draw("a cat")
+    vivace.accelerate(pipe)
+    assert (draw("a cat") == plain).all() and vivace.receipt(pipe).details["prompts"] == ["miss"]
+    assert (draw("a cat") == plain).all() and vivace.receipt(pipe).details["prompts"] == ["hit"]
+    draw("a dog")
+    assert vivace.receipt(pipe).details["prompts"] == ["miss"]
+    assert vivace.receipt(pipe).details["decode"] == "as the pipeline does"
+    vivace.restore(pipe)
+    vivace.accelerate(pipe, prompt_bytes=0, decode=vivace.DecodeOptions(precision="bf16", tiled=True))
+    draw("a cat")
+    details = vivace.receipt(pipe).details
+    assert "prompts" not in details and details["decode"]["dtype"] == "bfloat16"
+    assert details["decode"]["layout"] == "channels_last" and "encode_prompt" not in pipe.__dict__
