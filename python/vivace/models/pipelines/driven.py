@@ -167,8 +167,8 @@ class Driven:
         """The row's update; returns the latents for the pipeline, [n, ...] (or held twice, as the pipeline does)."""
         doubled = self.guided and not self.silent and self.style is not None and self.style.doubled
         row = self._row(timestep)
-        rescaled = self.style is not None and self.style.rescaled and self._unscaled is not None
-        x = self._unscaled if rescaled and self._unscaled is not None else sample
+        unscaled = self._unscaled if self.style is not None and self.style.rescaled else None
+        x = sample if unscaled is None else unscaled
         if doubled:
             x = x.chunk(2)[0]
         self._set_draw(model_output, sample, generator, x.shape[0])

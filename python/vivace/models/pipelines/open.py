@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,7 +32,8 @@ from vivace.models.pipelines.calls import call_style
 from vivace.models.pipelines.capture import Heard, argument_names, hear
 from vivace.models.pipelines.decode import DecodeOptions
 from vivace.models.pipelines.denoiser import BareDenoiser, Manner, PipelineDenoiser, latent_of, rows_of
-from vivace.models.pipelines.families import Family, family_of, plain
+from vivace.models.pipelines.families import Family, family_of
+from vivace.models.pipelines.fingerprint import Fingerprint
 from vivace.models.pipelines.planned import expert_boundary
 from vivace.models.pipelines.prompting import Prompting
 from vivace.models.pipelines.sources import NETWORK_FOLDERS, check_weights, resolve
@@ -300,42 +299,6 @@ class NetworkPipe(ForeignPipe):
 
     def _unprobed(self) -> str | None:
         return "a bare network: there is no condition at compile time to test batching with"
-
-
-class Fingerprint:
-    """SHA-256 of configuration and weights of modules, computed again only when a parameter was changed or moved."""
-
-    def __init__(self) -> None:
-        self._state: Any = None
-        self._digest = ""
-
-    def __call__(self, modules: Mapping[str, Any]) -> str:
-        tensors = [(name, plain(module).state_dict()) for name, module in modules.items()]
-        state = [
-            (name, key, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for name, found in tensors
-            for key, tensor in found.items()
-        ]
-        if state != self._state:
-            self._digest, self._state = self._hash(modules, tensors), state
-        return self._digest
-
-    @staticmethod
-    def _hash(modules: Mapping[str, Any], tensors: Sequence[tuple[str, Mapping[str, torch.Tensor]]]) -> str:
-        digest = hashlib.sha256()
-        for name, found in tensors:
-            config = {key: value for key, value in dict(modules[name].config).items() if not key.startswith("_")}
-            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-            for key in sorted(found):
-                if found[key].is_meta:
-                    raise UnsupportedError(
-                        f"spec: weight {key!r} is offloaded and cannot be read for the fingerprint; load the model "
-                        "before enable_sequential_cpu_offload, or offload whole models"
-                    )
-                tensor = found[key].detach().cpu().contiguous()
-                digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
 
 def _read(source: str | PathLike[str], dtype: torch.dtype | None, revision: str | None, variant: str | None) -> Any:
