@@ -9,8 +9,6 @@ hidden states, which stay in cache as those do.
 from __future__ import annotations
 
 import copy
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
 from vivace.errors import ArgumentError, BackendError
 from vivace.kernels.spec import UNIT_ROUNDOFF, error_of, missing
@@ -203,26 +202,10 @@ def copies(traffic: int, piece: int) -> Candidate:
 
 def compile_network(network: Network) -> tuple[Any, float | None, str | None]:
     """(compiled network, seconds it took, None), or (None, None, why not)."""
-    torch.compiler.reset()
     compiled = torch.compile(network.module, dynamic=False)
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"no code after {COMPILE_SECONDS} s")
-
-    bounded = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGALRM, late) if bounded else None
     begin = time.perf_counter()
-    try:
-        if bounded:
-            signal.alarm(COMPILE_SECONDS)
-        network.run(compiled)
-    except (RuntimeError, OSError) as error:  # what inductor raises without a compiler; TimeoutError is an OSError
-        return None, None, f"torch.compile: {str(error).splitlines()[0]}"
-    finally:
-        if bounded:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, previous)
-    return compiled, time.perf_counter() - begin, None
+    call, reason = compiled_peer(lambda: network.run(compiled), (), COMPILE_SECONDS, compiled=True)
+    return (None, None, reason) if call is None else (compiled, time.perf_counter() - begin, None)
 
 
 def fused_vs_eager(short: str, quick: bool) -> tuple[list[dict[str, Any]], Claim]:

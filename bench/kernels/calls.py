@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Timing, interleave
-from vivace.bench.kernels.rows import compiled_peer, tensors
+from vivace.bench.kernels.rows import tensors
 from vivace.bench.kernels.solver_step import copies
 from vivace.errors import BackendError
 from vivace.kernels.spec import OpSpec, error_of, missing, within_tolerance

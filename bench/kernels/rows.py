@@ -9,8 +9,6 @@ of it fits the cache both are bound by the core, and the share says how far the 
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Timing, interleave
 from vivace.bench.kernels.solver_step import copies
 from vivace.errors import BackendError
@@ -28,7 +27,6 @@ SEED = 7
 QUICK = {"DiT-S/2 x2": (2, 256, 384), "DiT-XL/2 x2": (2, 256, 1152)}
 SHAPES = QUICK | {"SD3 x2": (2, 4096, 1536), "FLUX.1 x1": (1, 4096, 3072), "DiT-XL/2 x64": (64, 256, 1152)}
 DTYPES = ("float32", "bfloat16")
-COMPILE_SECONDS = 90
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,28 +128,3 @@ def check(peer: Peer, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
 def tensors(result: Any) -> tuple[Tensor, ...]:
     """The results of an op, one or several."""
     return result if isinstance(result, tuple) else (result,)
-
-
-def compiled_peer(
-    function: Callable[..., Any], inputs: tuple[Tensor, ...]
-) -> tuple[Callable[[], None] | None, str | None]:
-    """`function` compiled for these tensors, or None and why not."""
-    torch.compiler.reset()  # else the ninth shape would run uncompiled
-    step = torch.compile(function, dynamic=False)
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"no code after {COMPILE_SECONDS} s")
-
-    bounded = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGALRM, late) if bounded else None
-    try:
-        if bounded:
-            signal.alarm(COMPILE_SECONDS)
-        step(*inputs)
-    except (RuntimeError, OSError) as error:  # what inductor raises without a compiler; TimeoutError is an OSError
-        return None, f"torch.compile: {str(error).splitlines()[0]}"
-    finally:
-        if bounded:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, previous)
-    return lambda: step(*inputs), None

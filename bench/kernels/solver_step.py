@@ -7,8 +7,6 @@ last-level cache only.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians
 from vivace.errors import BackendError
 from vivace.kernels.solver_step import Output, StepTable, build_table, solver_step
@@ -29,7 +28,6 @@ SHAPES = {"DiT-XL/2": (4, 32, 32), "SDXL": (4, 128, 128), "SD3": (16, 128, 128),
 BATCHES = (1, 8)
 DTYPES = ("float32", "bfloat16")  # of the network's outputs; the state is float32
 PEER_SHAPES = ((8, 4, 128, 128), (4, 16, 128, 128))
-COMPILE_SECONDS = 90
 
 # A row of the size and shape of guided UniPC-3 in x0 form, with plausible numbers that keep the state bounded however
 # often it is repeated: m0 <- x0(x, g = uncond + 4 (cond - uncond)); x <- corrector and predictor merged. The newest
@@ -182,26 +180,7 @@ def copies(traffic: int) -> dict[str, Candidate]:
 
 def compiled_step(problem: Problem) -> tuple[Callable[[], None] | None, str | None]:
     """`plain_step` compiled for these tensors, or None and why not."""
-    arguments = (problem.pool[X], *problem.outs, *problem.pool[M1:])
-    torch.compiler.reset()  # else the ninth shape would run uncompiled
-    step = torch.compile(plain_step, dynamic=False)
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"no code after {COMPILE_SECONDS} s")
-
-    bounded = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGALRM, late) if bounded else None
-    try:
-        if bounded:
-            signal.alarm(COMPILE_SECONDS)
-        step(*arguments)
-    except (RuntimeError, OSError) as error:  # what inductor raises without a compiler; TimeoutError is an OSError
-        return None, f"torch.compile: {str(error).splitlines()[0]}"
-    finally:
-        if bounded:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, previous)
-    return lambda: step(*arguments), None
+    return compiled_peer(plain_step, (problem.pool[X], *problem.outs, *problem.pool[M1:]))
 
 
 def bandwidth_fraction(quick: bool) -> tuple[list[dict[str, Any]], Claim]:
