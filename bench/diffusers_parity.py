@@ -33,7 +33,7 @@ SEED = 7
 TOLERANCE_64, TOLERANCE_32 = 1e-9, 1e-5
 OWN_ERRORS = 16.0  # of the scheduler's own rounding, where that is more; in float64 it is 2^-29 of that in float32
 NO_DIGIT = 0.1  # own rounding beyond which the scheduler's float32 run says nothing
-# What a scheduler raises on a config or request it cannot run.
+# What a scheduler raises on a config or request it cannot run; its NotImplementedError is among them.
 CANNOT = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
     RuntimeError, TypeError, ValueError,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivace.engine.lower import Given, lower_plan
+from vivace.engine.lower import Given, Lowered, lower_plan
 from vivace.engine.passes.guidance import rename
 from vivace.engine.plan import Op, Plan, Step, reads
 from vivace.engine.pool import Pool
@@ -32,8 +33,11 @@ class Stepper:
         values: numbers of the request by input name; others take the plan's defaults.
         draw: makes the next normal draw [n, ...], in the order in which the rows read them.
         dtype: of the state inside, float32 or float64.
+        lowered: tables of this plan by the numbers of the request; read and filled, so that runs share them.
     Raises: UnsupportedError for an input without default, or an op beyond the fused step.
     """
+
+    kept = 16  # tables kept in `lowered`
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class Stepper:
         values: Mapping[str, float],
         draw: Draw,
         dtype: torch.dtype = torch.float32,
+        lowered: dict[Any, Lowered] | None = None,
     ) -> None:
         self.plan, self._draw, self._dtype = plan, draw, like.dtype
         driven, self._draws = _driven(plan)
@@ -52,11 +57,19 @@ class Stepper:
         given = Given({name: float(number) for name, number in numbers.items() if number is not None}, tensors)
         self._pool = Pool(tuple(like.shape[1:]), dtype, like.dtype, like.device)
         side_car = {info.key: self._pool.tensor(info.sha256, plan.arrays[info.key]) for info in plan.tensors}
-        self._entry = self._pool.enter(None, lambda: lower_plan(driven, given, side_car))
-        self._slots = self._entry.lowered.slots
+        lowered, numbers_key = {} if lowered is None else lowered, tuple(sorted(given.values.items()))
+        if numbers_key not in lowered:
+            if len(lowered) >= self.kept:
+                lowered.pop(next(iter(lowered)))
+            lowered[numbers_key] = lower_plan(driven, given, side_car)
+        self._lowered = lowered[numbers_key]
+        self._pool.enter(None, lambda: self._lowered)
+        self._slots = self._lowered.slots
         self._n = like.shape[0]
         self._lanes = torch.arange(self._n)
+        self._kernel_rows = [torch.full((self._n,), row) for row in range(len(self._lowered.table))]
         self._pool.reserve(len(self._slots), self._n)
+        self._adjust = self._pool.state.new_empty(self._n, 3)  # of a reduction row, for the rows after it
         self.row = 0
 
     @property
@@ -109,17 +122,14 @@ class Stepper:
     def _execute(self, outs: Sequence[Tensor]) -> Tensor:
         for name in self._draws[self.row]:
             self._pool.state[self._slots[f"input:{name}"]] = self._draw().to(self._pool.dtype)
-        lowered, pool = self._entry.lowered, self._pool
+        lowered, pool = self._lowered, self._pool
         feed = torch.empty((self._n, *pool.shape), dtype=self._dtype, device=pool.device)
-        adjust = pool.state.new_empty(self._n, 3)
         for kernel_row in range(*lowered.spans[self.row]):
-            rows = torch.full((self._n,), kernel_row)
+            call = (pool.state, outs, pool.table, self._kernel_rows[kernel_row], self._lanes)
             if lowered.reduces(kernel_row):
-                adjust = sample_adjust(pool.state, outs, pool.table, rows, self._lanes, tensors=pool.tensors)
+                self._adjust = sample_adjust(*call, tensors=pool.tensors)
             else:
-                solver_step(
-                    pool.state, outs, pool.table, rows, self._lanes, net=feed, tensors=pool.tensors, adjust=adjust
-                )
+                solver_step(*call, net=feed, tensors=pool.tensors, adjust=self._adjust)
         self.row += 1
         if not self.done and self.step.variant is not None:
             return feed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 def case_rows(case: str, problem: Problem, quick: bool) -> list[dict[str, Any]]:
     """One row a backend, checked first, timed together."""
     check(problem)
-    candidates = {name: Candidate(lambda name=name: problem.run(name)) for name in ("cpu", "reference")}  # type: ignore[misc]
+    candidates = {name: Candidate(partial(problem.run, name)) for name in ("cpu", "reference")}
     times = interleave(candidates | {"eager": Candidate(problem.eager)}, seconds=0.5 if quick else 3.0)
     traffic = bytes_moved(problem.pool, problem.outs, problem.table, [0] * BATCH, problem.lanes)
     return [

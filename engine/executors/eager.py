@@ -31,15 +31,7 @@ class EagerExecutor:
 
     def check(self, plan: Plan) -> None:
         """Everything except reuse of blocks, dropped tokens, per-row precision and guards."""
-        full = 1.0 if plan.binding is None else float(plan.binding.tokens)
-        models = len(self.denoiser.models) > 1
-        for i, step in enumerate(plan.steps):
-            why = "a run-time guard" if step.guard is not None else ""
-            why = why or ("further network inputs" if step.net_inputs else "")
-            if step.variant is not None:
-                why = why or beyond(step.variant, full, models=models)
-            if why:
-                raise UnsupportedError(f"step {i}: the eager executor does not run {why}; drop it from the plan")
+        check_whole(plan, "the eager executor", models=len(self.denoiser.models) > 1)
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
         outs: tuple[Tensor, ...] = ()
@@ -87,8 +79,20 @@ class EagerExecutor:
         return outs
 
 
-def beyond(variant: Variant, full: float, *, models: bool = False) -> str:
-    """What of a variant needs more than plain forwards; empty when nothing does. models: several networks are there."""
+def check_whole(plan: Plan, who: str, *, models: bool) -> None:
+    """Raise UnsupportedError naming the first row that needs more than plain forwards; models: several are there."""
+    full = 1.0 if plan.binding is None else float(plan.binding.tokens)
+    for i, step in enumerate(plan.steps):
+        why = "a run-time guard" if step.guard is not None else ""
+        why = why or ("further network inputs" if step.net_inputs else "")
+        if step.variant is not None:
+            why = why or _beyond(step.variant, full, models)
+        if why:
+            raise UnsupportedError(f"step {i}: {who} does not run {why}; drop it from the plan")
+
+
+def _beyond(variant: Variant, full: float, models: bool) -> str:
+    """What of a variant needs more than plain forwards; empty when nothing does."""
     if variant.keep != full:
         return "a row that recomputes only some tokens"
     if variant.model != "main" and not models:

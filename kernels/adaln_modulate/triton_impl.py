@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vivace.kernels.norm_modulate.triton_impl import (
+    modulated,
     normalised,
     place,
     read,
@@ -106,12 +107,6 @@ def _adaln_modulate(
     write(hidden_out + b * hidden_out_sample + n * hidden_out_token, i, here, h)
     h = h.to(hidden_out.dtype.element_ty).to(tl.float32)
     y = normalised(h, here, width, eps, CENTRED, BLOCK)
-    if weight is not None:
-        y = y * read(weight, i, here)
-    if bias is not None:
-        y = y + read(bias, i, here)
-    if scale is not None:
-        y = y * (1.0 + read(scale + b * scale_sample + n * scale_token, i, here))
-    if shift is not None:
-        y = y + read(shift + b * shift_sample + n * shift_token, i, here)
+    scale_at, shift_at = b * scale_sample + n * scale_token, b * shift_sample + n * shift_token
+    y = modulated(y, weight, bias, scale, scale_at, shift, shift_at, i, here)
     write(out + b * out_sample + n * out_token, i, here, y)

@@ -103,14 +103,8 @@ def _norm_modulate(
     here = i < width
     x = read(hidden + b * hidden_sample + n * hidden_token, i, here)
     y = normalised(x, here, width, eps, CENTRED, BLOCK)
-    if weight is not None:
-        y = y * read(weight, i, here)
-    if bias is not None:
-        y = y + read(bias, i, here)
-    if scale is not None:
-        y = y * (1.0 + read(scale + b * scale_sample + n * scale_token, i, here))
-    if shift is not None:
-        y = y + read(shift + b * shift_sample + n * shift_token, i, here)
+    scale_at, shift_at = b * scale_sample + n * scale_token, b * shift_sample + n * shift_token
+    y = modulated(y, weight, bias, scale, scale_at, shift, shift_at, i, here)
     write(out + b * out_sample + n * out_token, i, here, y)
 
 
@@ -129,6 +123,20 @@ def read(row, i, here):
 @triton.jit
 def write(row, i, here, y):
     tl.store(row + i, y.to(row.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def modulated(y, weight, bias, scale, scale_at, shift, shift_at, i, here):
+    """(y * weight + bias) * (1 + scale) + shift, absent ones left out; `_at`: where the row's vector begins."""
+    if weight is not None:
+        y = y * read(weight, i, here)
+    if bias is not None:
+        y = y + read(bias, i, here)
+    if scale is not None:
+        y = y * (1.0 + read(scale + scale_at, i, here))
+    if shift is not None:
+        y = y + read(shift + shift_at, i, here)
+    return y
 
 
 @triton.jit

@@ -73,9 +73,9 @@ def make(
             options[f"{side}_bias"] = (0.3 * normal(size)).to(device, narrow)
     if rows is not None:
         pair = tables(rows, width, options.get("pairs", "interleaved"))
-        if by_sample:
-            pair = tuple(torch.stack([t.roll(b, 0) for b in range(batch)]) for t in pair)  # type: ignore[assignment]
-        options["cos"], options["sin"] = (t.to(device, own if dtype == "float64" else torch.float32) for t in pair)
+        for name, table in zip(("cos", "sin"), pair, strict=True):
+            whole = torch.stack([table.roll(b, 0) for b in range(batch)]) if by_sample else table
+            options[name] = whole.to(device, own if dtype == "float64" else torch.float32)
     if not into_slices:
         return Call((query, key), options)
     longer = [x.new_zeros(batch, x.shape[1] + 3, *x.shape[2:]) for x in (query, key)]

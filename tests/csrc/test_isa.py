@@ -22,7 +22,7 @@ def run_python(*command: str, isa: str) -> subprocess.CompletedProcess[str]:
 @cache
 def digests(isa: str) -> dict[str, list[str]]:
     if isa not in _C.available_isas():
-        pytest.skip(f"this machine does not run {isa}")
+        pytest.skip(f"this machine does not run {isa}")  # an instruction set the processor lacks cannot be run
     done = run_python(str(Path(__file__).with_name("isa_worker.py")), isa=isa)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivace
 from vivace.engine.bind import ModelSpec
-from vivace.engine.denoiser import BlockCall, BlockOut, Interceptor
+from vivace.engine.denoiser import BlockCall, BlockInfo, BlockOut, Interceptor
 from vivace.models.pipelines.blocks import ModuleParts
 
 TINY = {**FAMILIES, **VARIANTS}
@@ -117,12 +117,16 @@ def _half(wanted: Callable[[BlockCall], bool]) -> Interceptor:
     return half
 
 
+def _is_of(info: BlockInfo, call: BlockCall) -> bool:
+    return call.info == info
+
+
 def replaces_every_block(network: Network) -> None:
     """A replaced block acts as a network whose block was edited, bit for bit, and no block is without effect."""
     for info in network.parts.blocks:
         edited = copy.deepcopy(network.module)
         edited.get_submodule(info.name).register_forward_hook(lambda module, args, result: _halved(result))
-        replaced = network.intercepted(_half(lambda call, info=info: call.info == info))  # type: ignore[misc]
+        replaced = network.intercepted(_half(partial(_is_of, info)))
         assert torch.equal(replaced, network.run(edited)), info
         assert not torch.equal(replaced, network.answer), info
 

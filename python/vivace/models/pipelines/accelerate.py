@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -13,15 +12,17 @@ from typing import Any
 
 import torch
 
+from vivace.engine.executors.eager import check_whole
 from vivace.engine.plan import Plan
 from vivace.engine.receipt import Receipt
-from vivace.errors import ArgumentError, StateError, UnsupportedError
+from vivace.errors import ArgumentError, StateError
 from vivace.models.pipelines.calls import call_style, require_style
 from vivace.models.pipelines.decode import DecodeOptions, decoder_view
 from vivace.models.pipelines.fused import Fused
 from vivace.models.pipelines.planned import Arguments, Planner
 from vivace.models.pipelines.prompts import PromptCache, cached_encode_prompt
 from vivace.models.pipelines.run import Run
+from vivace.models.pipelines.scheduling import signature_of
 from vivace.models.pipelines.told import receipt_of
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior")
@@ -202,7 +203,7 @@ class Acceleration:
         self, pipeline: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Arguments, dict[str, Any]]:
         """The call's arguments, and those the pipeline gets: the plan's steps and scale where the caller said none."""
-        bound = inspect.signature(call).bind(pipeline, *args, **kwargs)
+        bound = signature_of(call).bind(pipeline, *args, **kwargs)
         explicit = {name: value for name, value in bound.arguments.items() if name not in ("self", "kwargs")}
         explicit |= bound.arguments.get("kwargs", {})
         bound.apply_defaults()
@@ -233,16 +234,7 @@ def _check(plan: Plan) -> None:
     """Refuse tails, and rows that need more than whole evaluations."""
     if plan.recipe is not None and plan.recipe.tail is not None:
         raise ArgumentError("accelerate: the plan is a tail; give the full plan, of which the call's strength cuts one")
-    from vivace.engine.executors.eager import beyond
-
-    full = 1.0 if plan.binding is None else float(plan.binding.tokens)
-    for i, step in enumerate(plan.steps):
-        why = "a run-time guard" if step.guard is not None else ""
-        why = why or ("further network inputs" if step.net_inputs else "")
-        if step.variant is not None:
-            why = why or beyond(step.variant, full, models=True)
-        if why:
-            raise UnsupportedError(f"step {i}: a pipeline's loop does not run {why}; drop it from the plan")
+    check_whole(plan, "a pipeline's loop", models=True)
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -141,7 +142,7 @@ def _require_reachable(module: Any) -> None:
 def _rebound(forward: Any, module: nn.Module, stand_in: Any) -> Callable[..., Any]:
     """A forward that hooks replaced on `module`, on the stand-in. Raises UnsupportedError naming what cannot move."""
     if getattr(forward, "__self__", None) is module:
-        return forward.__func__.__get__(stand_in)  # type: ignore[no-any-return]
+        return MethodType(forward.__func__, stand_in)
     name = type(module).__name__
     if isinstance(forward, partial) and len(forward.args) == 1 and forward.args[0] is module:
         for cell in forward.func.__closure__ or ():

@@ -16,6 +16,7 @@ from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, ShapeError, StateError, UnsupportedError
 from vivace.models.pipelines.branches import batch_of, half, output_of, twice, with_output
 from vivace.models.pipelines.calls import CallStyle
+from vivace.models.pipelines.planned import Effective
 
 Network = Callable[..., Any]
 
@@ -25,31 +26,39 @@ _DRAW_TO_THE_END = frozenset(
 )
 
 
+def _evaluated(plan: Plan) -> tuple[Step, ...]:
+    """The rows with an evaluation."""
+    return tuple(step for step in plan.steps if step.variant is not None)
+
+
 def version_of(tensor: Tensor) -> int:
     """Counts writes in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class Driven:
-    """The rows of one call. `silent`: guidance is the pipeline's, and so is the combined prediction.
+    """The rows of one call of `steps` steps. A silent plan leaves guidance and the combined prediction to the pipeline.
 
     style: of the pipeline's guidance, needed unless silent; guided: the call runs an unconditional branch; values:
     numbers of the call by input name.
     """
 
     def __init__(
-        self, plan: Plan, steps: int, *, silent: bool, style: CallStyle | None, guided: bool, values: dict[str, float]
+        self, effective: Effective, steps: int, *, style: CallStyle | None, guided: bool, values: dict[str, float]
     ) -> None:
+        plan = effective.plan
         if plan.steps[0].variant is None:
             raise UnsupportedError("row 0 of the plan has no evaluation; a pipeline's loop starts with one")
-        self.plan, self.steps, self.silent, self.style = plan, steps, silent, style
+        self.plan, self.steps, self.silent, self.style = plan, steps, effective.silent, style
+        self._memo = effective.memo
         self.guided, self.values = guided, values
         self.order = max(1, round(plan.nfe / steps))
         self.restarts = 0
         self.changed = False  # a callback changed the latents
-        self._rows = tuple(step for step in plan.steps if step.variant is not None)
+        self._rows = _evaluated(plan)
         self._at = 0  # evaluations of the full plan that lie behind
-        self._current: tuple[Plan, int] | None = None  # the plan under way and the evaluation it starts at
+        self._left: tuple[Step, ...] | None = None  # evaluations of the run from `_base` of the full plan on
+        self._base = 0
         self._stepper: Stepper | None = None
         self._outs: dict[str, Tensor] = {}
         self._calls = 0
@@ -58,7 +67,6 @@ class Driven:
         self._version = 0
         self._unscaled: Tensor | None = None
         self._samples = 0  # of a branch
-        self._trusted = silent  # how the pipeline treats predictions was checked
         self._draw: Callable[[], Tensor] = torch.Tensor
 
     # --- what the pipeline asks its scheduler -----------------------------------------------------------------------
@@ -84,9 +92,9 @@ class Driven:
         return 0 if self._stepper is None else self._stepper.pool_bytes
 
     def begin(self, evaluation: int) -> None:
-        """The run starts at this evaluation of the full plan."""
-        self._at = evaluation
-        self._current = self._plan_from(evaluation), evaluation
+        """The run starts, or starts anew, at this evaluation of the full plan."""
+        self._at = self._base = evaluation
+        self._left = _evaluated(self._tail(evaluation)[0])
 
     def scaled(self, sample: Tensor, timestep: Any) -> Tensor:
         """x_scale * sample: what the network reads in this row."""
@@ -187,21 +195,27 @@ class Driven:
 
     def _state(self, x: Tensor, doubled: bool, output: torch.dtype) -> None:
         """The stepper stands where the pipeline stands; `output`: dtype of the predictions."""
-        assert self._current is not None
         if self._stepper is None:
-            self._stepper = self._started(self._current[0], x, output)
+            self._stepper = self._started(x, output)
             return
         same = doubled or x is self._returned
         if self.changed or (same and not doubled and version_of(x) != self._version):
             if self._at % self.order == 0:
-                self._current = self._plan_from(self._at), self._at
-                self._stepper = self._started(self._current[0], x, output)
+                self.begin(self._at)
+                self._stepper = self._started(x, output)
                 self.restarts += 1
             else:
                 self._stepper.put(x)
             self.changed = False
         elif not same:
             self._stepper.put(x)
+
+    def _tail(self, evaluation: int) -> tuple[Plan, dict[Any, Any]]:
+        """The plan from an evaluation on, and its lowered tables."""
+        tails = self._memo.tails
+        if evaluation not in tails:
+            tails[evaluation] = self._plan_from(evaluation), {}
+        return tails[evaluation]
 
     def _plan_from(self, evaluation: int) -> Plan:
         """The plan's tail from an evaluation on: multistep history starts anew."""
@@ -215,19 +229,21 @@ class Driven:
         left = self.steps - evaluation // self.order
         tail = replan(self.plan.recipe, tail=min(1.0, (left + 0.5) / self.steps))
         rest = self._rows[evaluation:]
-        if [s.timestep for s in tail.steps if s.variant is not None] == [s.timestep for s in rest]:
+        if [step.timestep for step in _evaluated(tail)] == [step.timestep for step in rest]:
             return tail
         # A scheduler with a grid of its own for such runs, while the pipeline keeps the rows of the full one.
         first = [i for i, step in enumerate(self.plan.steps) if step.variant is not None][evaluation]
         start = Affine("x", (("input:start", 1.0),))
         return verify(replace(self.plan, steps=self.plan.steps[first:], init=(start,)))
 
-    def _started(self, plan: Plan, x: Tensor, output: torch.dtype) -> Stepper:
+    def _started(self, x: Tensor, output: torch.dtype) -> Stepper:
+        plan, lowered = self._tail(self._base)
         shape = tuple(x.shape[1:])
         if plan.binding is not None and plan.binding.latent_shape != shape:
             raise ShapeError(f"the plan is bound to latents {plan.binding.latent_shape}, the call has {shape}")
         wide = torch.float64 in (x.dtype, output)
-        stepper = Stepper(plan, x, self.values, lambda: self._draw(), torch.float64 if wide else torch.float32)
+        state = torch.float64 if wide else torch.float32
+        stepper = Stepper(plan, x, self.values, lambda: self._draw(), state, lowered)
         stepper.start(x)
         return stepper
 
@@ -239,7 +255,7 @@ class Driven:
         channels = x.shape[1]
         outs = [self._outs[branch][:, :channels] for branch in row.branches]  # without learned variances
         outs = [out if self.style.sign == 1.0 else out * self.style.sign for out in outs]
-        if not self._trusted:
+        if not self._memo.trusted:  # once a plan: it reads the device
             handed = model_output[: x.shape[0], :channels]
             mine = outs[0].to(handed.dtype)
             if mine.shape != handed.shape or not torch.allclose(
@@ -249,7 +265,7 @@ class Driven:
                     "the pipeline changes predictions between network and scheduler in a way that is not known; use a "
                     "plan without guidance (the pipeline's own then applies)"
                 )
-            self._trusted = True
+            self._memo.trusted = True
         return tuple(outs)
 
     def _set_draw(self, output: Tensor, sample: Tensor, generator: Any, n: int) -> None:
@@ -275,14 +291,12 @@ class Driven:
     # --- where the run stands ---------------------------------------------------------------------------------------
     def _row(self, timestep: Any = None) -> Step:
         """The row whose turn it is. Where a run starts is said by `begin`, else by the first timestep asked for."""
-        if self._current is None:
+        if self._left is None:
             self.begin(0 if timestep is None else self._find(timestep))
-        assert self._current is not None
-        plan, base = self._current
-        rows = [step for step in plan.steps if step.variant is not None]
-        if self._at - base >= len(rows):
-            raise StateError(f"the plan has {len(rows)} evaluations; the pipeline asks for one more")
-        return rows[self._at - base]
+        assert self._left is not None
+        if self._at - self._base >= len(self._left):
+            raise StateError(f"the plan has {len(self._left)} evaluations; the pipeline asks for one more")
+        return self._left[self._at - self._base]
 
     def _find(self, timestep: Any) -> int:
         """First evaluation at a timestep, which is read from its device."""

@@ -138,24 +138,24 @@ class MemoryRow:
 def measure(name: str, pipeline: Any, arguments: dict[str, Any]) -> MemoryRow:
     """The row of one pipeline, on the CPU; each figure is of the second time, when libraries are loaded.
 
-    Load is `from_pretrained` of a folder of safetensors that is written first. Absent components stay absent.
+    Load is `vivace.load` of a folder of safetensors that is written first.
     """
     from vivace.models.pipelines.accelerate import accelerate, restore
+    from vivace.models.pipelines.open import PipelinePipe, open_foreign
 
     tensors = [
         t for part in pipeline.components.values() if isinstance(part, torch.nn.Module) for t in part.parameters()
     ]
     weights = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
-    absent = {part: None for part, value in pipeline.components.items() if value is None}
-    kind = type(pipeline)
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
         del pipeline, tensors
 
         def load() -> Any:
-            made = kind.from_pretrained(folder, **absent)
-            made.set_progress_bar_config(disable=True)
-            return made
+            opened = open_foreign(folder)
+            assert isinstance(opened, PipelinePipe)
+            opened.pipeline.set_progress_bar_config(disable=True)
+            return opened.pipeline
 
         load()(**arguments)
         settle()

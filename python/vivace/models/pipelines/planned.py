@@ -35,13 +35,25 @@ class Arguments:
         return self.values[name] if name in self.explicit else None
 
 
+@dataclass(slots=True)
+class Memo:
+    """What calls of one effective plan need not do again.
+
+    tails: the plan from an evaluation on, with its lowered tables by the numbers of the call; trusted: how the
+    pipeline treats predictions on their way to the scheduler was checked.
+    """
+
+    tails: dict[int, tuple[Plan, dict[Any, Any]]] = field(default_factory=dict)
+    trusted: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Effective:
     """What a call runs.
 
     plan, digest: of the full run, its tail not taken yet, and its hash; own: the pipeline's scheduler does the
     arithmetic; silent: the plan says nothing about guidance, so that the pipeline's own applies; reason: of `own`;
-    warnings: options of the call without effect.
+    warnings: options of the call without effect; memo: shared by the calls that run it.
     """
 
     plan: Plan
@@ -50,6 +62,7 @@ class Effective:
     silent: bool
     reason: str
     warnings: tuple[str, ...] = ()
+    memo: Memo = field(default_factory=lambda: Memo(), compare=False, repr=False)
 
 
 @dataclass(slots=True)

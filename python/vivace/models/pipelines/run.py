@@ -68,9 +68,7 @@ class Run:
             self.begin = (steps - left) * max(1, round(plan.nfe / steps))
         if self.effective.own:
             return
-        self.driven = Driven(
-            plan, steps, silent=self.effective.silent, style=self.style, guided=self.guided, values=self._values()
-        )
+        self.driven = Driven(self.effective, steps, style=self.style, guided=self.guided, values=self._values())
         if self.begin:
             self.driven.begin(self.begin)
         state = self.scheduler.__dict__

@@ -26,11 +26,12 @@ def scheduler_of(scheduler: Any, run: Any) -> Any:
 
 def arguments_of(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call of a bound method by name, defaults left out."""
-    return dict(_signature(method.__func__).bind(None, *args, **kwargs).arguments)
+    return dict(signature_of(method.__func__).bind(None, *args, **kwargs).arguments)
 
 
 @cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function of a class; looked up once."""
     return inspect.signature(function)
 
 

@@ -110,10 +110,10 @@ def joint(
     hidden = ops.half(hidden_states, update, gate, block.norm2, (scale, shift, gate_mlp), block.ff)
     if block.context_pre_only:
         return None, hidden
-    return _text_half(ops, block, encoder_hidden_states, text_update, rest), hidden
+    return text_half(ops, block, encoder_hidden_states, text_update, rest), hidden
 
 
-def _text_half(ops: Ops, block: Any, text: Tensor, update: Tensor, rest: Any) -> Tensor:
+def text_half(ops: Ops, block: Any, text: Tensor, update: Tensor, rest: Any) -> Tensor:
     """The second half of a block for its text stream; rest: gate, shift, scale, gate."""
     gate, shift, scale, gate_mlp = rest
     return ops.half(text, update, gate, block.norm2_context, (scale, shift, gate_mlp), block.ff_context)
@@ -151,7 +151,7 @@ def flux(
     hidden = ops.half(hidden_states, update, gate, block.norm2, (scale, shift, gate_mlp), block.ff)
     for extra in adapter:
         hidden = ops.residual(hidden, extra)
-    return _text_half(ops, block, encoder_hidden_states, text_update, rest), hidden
+    return text_half(ops, block, encoder_hidden_states, text_update, rest), hidden
 
 
 def flux_single(
@@ -208,7 +208,7 @@ def flux2(
         **(joint_attention_kwargs or {}),
     )
     hidden = ops.half(hidden_states, update, image[2], block.norm2, (image[4], image[3], image[5]), block.ff)
-    return _text_half(ops, block, encoder_hidden_states, text_update, text[2:]), hidden
+    return text_half(ops, block, encoder_hidden_states, text_update, text[2:]), hidden
 
 
 def flux2_single(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivace.models.pipelines.fused.blocks import beside, single_problem
+from vivace.models.pipelines.fused.blocks import beside, single_problem, text_half
 from vivace.models.pipelines.fused.ops import Ops, class_of
 from vivace.models.pipelines.fused.pattern import Pattern, children, places
 
@@ -91,9 +91,7 @@ def hunyuan(
         image_rotary_emb=freqs_cis,
     )
     hidden = ops.half(hidden_states, update, gate, block.norm2, (scale, shift, gate_mlp), block.ff)
-    modulation = rest[2], rest[1], rest[3]
-    context = ops.half(encoder_hidden_states, text_update, rest[0], block.norm2_context, modulation, block.ff_context)
-    return hidden, context
+    return hidden, text_half(ops, block, encoder_hidden_states, text_update, rest)
 
 
 def hunyuan_single(
