@@ -6,7 +6,7 @@ write one or two streams of tokens, and a head. Guidance branches are rows of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from vivace.engine.bind import ModelSpec
+from vivace.engine.compiled import Compiler, Evaluation, Hoisted
 from vivace.engine.plan import Variant
+from vivace.errors import UnsupportedError
 
 
 class Denoiser(Protocol):
@@ -38,6 +40,10 @@ class Denoiser(Protocol):
         """Predictions of `variant.branches`: each [n, ...] for x [n, ...], one timestep and one condition a sample."""
         ...
 
+    def compiler(self) -> Compiler:
+        """Compiles the model for the device it is on. Raises UnsupportedError with the reason when nothing can."""
+        ...
+
     def to_latent(self, image: Any) -> Tensor:
         """A picture or latent as a tensor of the latent's shape."""
         ...
@@ -48,6 +54,69 @@ class Denoiser(Protocol):
 
     def reports(self) -> dict[str, Any]:
         """What text encoding and decoding did, for the receipt; plain data."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One forward of an evaluation, taken apart so that it can be captured once and replayed.
+
+    key: all that decides code and shapes. Of two pieces with equal keys either `forward`, on the inputs of one, gives
+        the result of that one.
+    inputs: by name the parts [r, ...] of a tensor, which is their concatenation along the first axis; made anew for
+        every row, on the denoiser's device, or one part alone on the host.
+    forward: a pure function of those tensors: rows [rows, ...], which the next call may overwrite. It makes nothing
+        from host data, reads no value and branches on shapes only.
+    places: where row i goes: b * n + s for branch b and sample s of n, or -1 where the row only fills its bucket.
+    """
+
+    key: Hashable
+    inputs: Mapping[str, tuple[Tensor, ...]]
+    forward: Callable[[Mapping[str, Tensor]], Tensor]
+    places: tuple[int, ...]
+
+
+def samples_of(x: Tensor, lanes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Samples [1, ...] at `lanes` of a plane x [lanes, ...], as parts of an input; one part where they lie in order."""
+    first, count = lanes[0], len(lanes)
+    if tuple(lanes) == tuple(range(first, first + count)):
+        return (x[first : first + count],)
+    return tuple(x[lane : lane + 1] for lane in lanes)
+
+
+def predictions(pieces: Sequence[Piece], results: Sequence[Tensor], branches: int, samples: int) -> tuple[Tensor, ...]:
+    """Predictions [n, ...] by branch from what the forwards of `pieces` returned; views where the rows lie in order."""
+    wanted = [tuple(range(b * samples, (b + 1) * samples)) for b in range(branches)]
+    if len(pieces) == 1:
+        places = pieces[0].places
+        starts = [places.index(order[0]) for order in wanted]
+        if all(places[at : at + samples] == order for at, order in zip(starts, wanted, strict=True)):
+            return tuple(results[0][at : at + samples] for at in starts)
+    rows = [pair for piece, out in zip(pieces, results, strict=True) for pair in zip(piece.places, out, strict=True)]
+    found = {place: row for place, row in rows if place >= 0}
+    return tuple(torch.stack([found[place] for place in order]) for order in wanted)
+
+
+class Replayable(Protocol):
+    """A network whose evaluations come in pieces that a graph can capture and replay with other contents."""
+
+    def why_not(self, variant: Variant) -> str | None:
+        """Why a variant cannot be staged; None when it can."""
+        ...
+
+    def stage(self, call: Evaluation, variant: Variant, bucket: Callable[[int], int]) -> tuple[Piece, ...]:
+        """The pieces of an evaluation of `variant.branches`; nothing in here waits for the device.
+
+        bucket: how many samples or rows a forward is filled up to, for that many.
+        """
+        ...
+
+    def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted | None:
+        """What does not depend on x, for the rows of a plan that are fed `timesteps`; None: nothing leaves the loop."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """How the weights are kept, for the receipt; plain data."""
         ...
 
 
@@ -126,6 +195,9 @@ class CallableDenoiser:
         if variant.branches == ("cond",):
             return (self.call(x, t),)
         return tuple(self.call(x, t, branch=branch) for branch in variant.branches)
+
+    def compiler(self) -> Compiler:
+        raise UnsupportedError("a plain function cannot be compiled")
 
     def to_latent(self, image: Any) -> Tensor:
         return torch.as_tensor(image, dtype=self.dtype, device=self.device)

@@ -10,10 +10,10 @@ Standard library only. Legality lives in `verify`, printing in `render`, files i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -233,8 +233,30 @@ class Binding:
     latent_shape: tuple[int, ...]
 
 
+Derived = TypeVar("Derived")
+
+
+class _Remembers:
+    """Room beside the fields of an immutable object for what was derived from them."""
+
+    __slots__ = ("_derived",)
+    _derived: dict[str, Any]
+
+    def _once(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """make(), called the first time only."""
+        try:
+            known = self._derived
+        except AttributeError:
+            known = {}
+            object.__setattr__(self, "_derived", known)
+        if name not in known:
+            known[name] = make()
+        value: Derived = known[name]
+        return value
+
+
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(_Remembers):
     """The denoising loop as data. Made by `make_plan` or `Plan.from_diffusers`, changed by passes, run by executors.
 
     steps: the rows; prediction: what the network returns, "eps" | "x0" | "v" | "flow"
@@ -250,6 +272,10 @@ class Plan:
     # Values of the side-car by key (numpy arrays). Not part of equality: `tensors` holds their hashes.
     arrays: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __hash__(self) -> int:
+        compared = (self.steps, self.prediction, self.init, self.recipe, self.tensors, self.binding)
+        return self._once("__hash__", lambda: hash(compared))
+
     @property
     def nfe(self) -> int:
         """Rows with a network evaluation; a guided pair counts as one."""
@@ -263,6 +289,9 @@ class Plan:
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Distinct structures in order of first use, guards' alternatives included."""
+        return self._once("variants", self._variants)
+
+    def _variants(self) -> tuple[Variant, ...]:
         seen: dict[Variant, None] = {}
         for step in self.steps:
             if step.variant is not None:
@@ -274,6 +303,9 @@ class Plan:
     @property
     def inputs(self) -> tuple[InputRef, ...]:
         """Request inputs the plan reads: numbers and tensors, in order of first use."""
+        return self._once("inputs", self._inputs)
+
+    def _inputs(self) -> tuple[InputRef, ...]:
         seen: dict[InputRef, None] = {}
         for step in self.steps:
             for _, coef in step.net_inputs:
@@ -298,7 +330,7 @@ class Plan:
         """SHA-256 (hex) of the canonical JSON and the side-car's bytes."""
         from vivace.engine.plan_io import plan_hash
 
-        return plan_hash(self)
+        return self._once("hash", lambda: plan_hash(self))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON, with a `.safetensors` side-car beside it when it has tensors. Atomic."""

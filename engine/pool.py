@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from vivace.engine.lower import Lowered
 from vivace.kernels.solver_step.table import StepTable
+
+Launch = Callable[[Sequence[int]], object]  # of solver steps over the memory of a pool; it is given the row numbers
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +49,9 @@ class Pool:
     _free: list[int] = field(default_factory=list)
     _entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
     _tensor_ids: dict[str, int] = field(default_factory=dict)
+    calls: dict[Hashable, Launch] = field(default_factory=dict)
 
+    kept_calls = 64
     kept_entries = 64  # lowered plans kept although no request uses them
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class Pool:
         net = torch.zeros((lanes, *self.shape), dtype=self.net_dtype, device=self.device)
         net[:old_lanes] = self.net
         self.state, self.net = state, net
+        self.calls.clear()
         for lane in range(old_lanes, lanes):
             heapq.heappush(self._free, lane)
 
@@ -84,6 +89,7 @@ class Pool:
         """Number of a side-car tensor in `tensors`, uploading it once."""
         if sha256 not in self._tensor_ids:
             self._tensor_ids[sha256] = len(self.tensors)
+            self.calls.clear()
             self.tensors.append(torch.from_numpy(np.ascontiguousarray(array)).to(self.device, self.dtype))
         return self._tensor_ids[sha256]
 
@@ -108,6 +114,20 @@ class Pool:
             base += len(entry.lowered.table)
         table = StepTable.cat([entry.lowered.table for entry in self._entries.values()])
         self.table = table.to(self.device, self.dtype)
+        self.calls.clear()
+
+    def call(self, key: Hashable, make: Callable[[], Launch]) -> Launch:
+        """A launch over this memory, made by `make` when it is new."""
+        if key not in self.calls:
+            if len(self.calls) >= self.kept_calls:
+                del self.calls[next(iter(self.calls))]
+            self.calls[key] = make()
+        return self.calls[key]
+
+    @property
+    def idle(self) -> bool:
+        """No lane is taken."""
+        return len(self._free) == self.state.shape[1]
 
     def lane_bytes(self) -> int:
         """Bytes one lane takes in slots and network input."""

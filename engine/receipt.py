@@ -17,8 +17,8 @@ from vivace.engine.plan import Plan
 if TYPE_CHECKING:
     from vivace.engine.denoiser import Denoiser
     from vivace.engine.executors import Executor
-    from vivace.engine.pool import Pool
     from vivace.engine.probe import Probe
+    from vivace.engine.request import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,8 @@ class Receipt:
 
     peak_memory: of the process (resident) or of the device; pool: the request's share of slots and network input.
     predicted_ms: of the launches this request shared, from the forwards timed at compile time; None: not timed.
+    compiles: artefacts the session compiled so far, its whole life; hoisted: bytes of what left the loop, by part.
+    compiled: how the model was compiled: what runs its rows and what was measured to decide it, buckets; plain data.
     details: what else took part, such as prompt cache, decoder and pieces that kept their own kernels; plain data.
     """
 
@@ -114,6 +116,9 @@ class Receipt:
     peak_memory: int
     pool: int
     kernels: tuple[KernelUse, ...]
+    compiles: int = 0
+    hoisted: dict[str, int] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
     one_by_one: str | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -140,11 +145,20 @@ class Receipt:
             f"{_median([r.step_ms for r in self.rows]):.3f} ms solver step",
             f"memory    {self.peak_memory / 2**20:.0f} MiB peak, {self.pool / 2**20:.2f} MiB of slots",
         ]
+        if self.hoisted:
+            parts = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in self.hoisted.items())
+            lines.append(f"hoisted   {parts}")
+        if self.compiled:
+            lines.append(f"compiled  {self.compiles} artefact(s); " + _spelled(self.compiled))
         lines += [f"kernel    {use.op}: {use.backend} ({use.reason})" for use in self.kernels]
         if self.one_by_one:
             lines.append(f"batching  one sample at a time: {self.one_by_one}")
         lines += [f"{name:<9} {value}" for name, value in self.details.items()]
         return "\n".join(lines + [f"warning   {text}" for text in self.warnings])
+
+
+def _spelled(report: dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {', '.join(v) if isinstance(v, list) else v}" for name, v in report.items())
 
 
 def _median(values: list[float]) -> float:
@@ -159,18 +173,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 def make_receipt(
-    plan: Plan,
-    n: int,
+    state: State,
     events: tuple[Event, ...],
     *,
     measured_ms: float,
     probe: Probe | None,
     executor: Executor,
     denoiser: Denoiser,
-    pool: Pool,
-    warnings: tuple[str, ...],
 ) -> Receipt:
     """The receipt of a finished request from the events of its rows."""
+    plan, pool, n = state.plan, state.pool, state.request.n
     rows = []
     for i in range(len(plan.steps)):
         mine = {event.name: event for event in events if event.row == i}
@@ -196,13 +208,24 @@ def make_receipt(
         rows=tuple(rows),
         phases={name: round(ms, 4) for name, ms in phases.items()},
         measured_ms=measured_ms,
-        predicted_ms=None if probe is None else sum(probe.predict_ms(row.branches, row.batch) for row in evaluated),
+        predicted_ms=_predicted(probe, plan, evaluated),
         peak_memory=peak_memory(pool.device),
         pool=n * pool.lane_bytes(),
         kernels=executor.kernels(pool),
+        compiles=executor.compiles,
+        hoisted={} if state.hoisted is None else dict(state.hoisted.bytes),
+        compiled=executor.report(),
         one_by_one=executor.one_by_one,
-        warnings=warnings,
+        warnings=state.warnings,
         versions={"vivace": __version__, "torch": torch.__version__},
         details={name: report for name, report in denoiser.reports().items() if report is not None},
         events=events,
     )
+
+
+def _predicted(probe: Probe | None, plan: Plan, rows: list[RowRecord]) -> float | None:
+    """What `rows` should have taken by the forwards timed at compile time; None where one was not timed."""
+    if probe is None:
+        return None
+    times = [probe.predict_ms(plan, row.branches, row.batch) for row in rows]
+    return None if None in times else sum(ms for ms in times if ms is not None)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vivace.engine.compiled import Hoisted
 from vivace.engine.plan import Plan
-from vivace.engine.pool import Entry
+from vivace.engine.pool import Entry, Pool
 from vivace.engine.receipt import Receipt
 from vivace.errors import ArgumentError
 
@@ -59,19 +60,27 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """A request under way. `row`: rows done; `done`: all of them; everything it owns is lanes of the session's pool."""
+    """A request under way. `row`: rows done; `done`: all of them; everything it owns is lanes of `pool`."""
 
     request: Request
     plan: Plan
     condition: Any
+    pool: Pool
     entry: Entry
     lanes: tuple[int, ...]
     owner: int
     warnings: tuple[str, ...]
     began: float
+    hoisted: Hoisted | None = None
     row: int = 0
     closed: str = ""
     records: list[Any] = field(default_factory=list)
+    seeds: tuple[int, ...] = field(init=False)  # of each lane, as are the pictures
+    pictures: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        seed, n = self.request.signed_seed, len(self.lanes)
+        self.seeds, self.pictures = (seed,) * n, tuple(self.request.pictures)
 
     @property
     def done(self) -> bool:

@@ -6,7 +6,8 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from vivace.errors import ArgumentError, DtypeError, ShapeError, StateError
 
 
 class Session:
-    """Compiled for one model, one latent shape and one executor; serves any number of requests and threads.
+    """Compiled for one model and one executor; serves any number of requests and threads.
 
-    A result has the same bits whatever the batch size, neighbours or order of requests (same machine and versions).
+    `shape` is the latent of plans without one; plans bound to other shapes of the model run beside them. A result has
+    the same bits whatever the batch size, neighbours or order of requests (same machine and versions).
     """
 
     kept_plans = 256  # bindings remembered
+    kept_pools = 16  # latent shapes whose slot memory is kept although no request uses it
     _owners = itertools.count(1)
 
     def __init__(
@@ -50,11 +53,13 @@ class Session:
         self._lock = threading.RLock()
         self._owner = next(self._owners)
         self._bound: dict[Plan, Plan] = {}
-        self.pool = Pool(shape, state_dtype, denoiser.dtype, denoiser.device)
+        self._state_dtype, self._batch = state_dtype, batch or 1
+        self._pools: OrderedDict[tuple[int, ...], Pool] = OrderedDict()
+        self.pool = self._pool(shape)
         self.timeline = Timeline(denoiser.device)
         if not plans:
             raise ArgumentError("compile: no plan given; pass one plan or several")
-        self.probe = Probe(denoiser, shape) if probed else None
+        self.probe = Probe(denoiser, executor, shape) if probed else None
         with self._threads():
             self.plans = tuple(self._bind(plan) for plan in plans)
         self.pool.reserve(0, batch or 0)
@@ -92,18 +97,21 @@ class Session:
             plan = self.plans[0] if request.plan is None else self._bind(request.plan)
             request.check()
             condition = self.denoiser.encode(request.prompt)
-            values, tensors, warnings = self._inputs(request, plan)
+            pool = self._pool(self._shape_of(plan))
+            values, tensors, warnings = self._inputs(request, plan, pool)
             given = Given(values, frozenset(tensors))
-            side_car = {info.key: self.pool.tensor(info.sha256, plan.arrays[info.key]) for info in plan.tensors}
-            entry = self.pool.enter(
+            side_car = {info.key: pool.tensor(info.sha256, plan.arrays[info.key]) for info in plan.tensors}
+            entry = pool.enter(
                 (plan, tuple(sorted(values.items())), given.tensors), lambda: lower_plan(plan, given, side_car)
             )
             slots = entry.lowered.slots
-            lanes = self.pool.take(request.n, len(slots))
-            state = State(request, plan, condition, entry, lanes, self._owner, warnings, began)
+            lanes = pool.take(request.n, len(slots))
+            state = State(request, plan, condition, pool, entry, lanes, self._owner, warnings, began)
             try:
+                with self.timeline.span(state.records, "hoist", -1, len(lanes)):
+                    state.hoisted = self.executor.hoist(plan, condition)
                 for name, tensor in tensors.items():
-                    self.pool.state[slots[f"input:{name}"], list(lanes)] = tensor
+                    pool.state[slots[f"input:{name}"], list(lanes)] = tensor
                 self._launch([state], None, -1, [entry.lowered.start])
             except BaseException:
                 self.abort(state)
@@ -122,10 +130,10 @@ class Session:
                     raise StateError("step: a state has no rows left; finish it")
             if len({id(state) for state in states}) != len(states):
                 raise StateError("step: a state is listed twice; list each once")
-            groups: dict[Variant | None, list[State]] = {}
+            groups: dict[tuple[int, Variant | None], list[State]] = {}
             for state in states:
-                groups.setdefault(state.plan.steps[state.row].variant, []).append(state)
-            for variant, members in groups.items():
+                groups.setdefault((id(state.pool), state.plan.steps[state.row].variant), []).append(state)
+            for (_, variant), members in groups.items():
                 self._launch(members, variant, members[0].row, [s.entry.lowered.spans[s.row] for s in members])
                 for state in members:
                     state.row += 1
@@ -139,18 +147,15 @@ class Session:
                 raise StateError(f"finish: row {state.row} of {len(state.plan.steps)} is next; step on, or abort")
             with self.timeline.span(state.records, "decode", -1, len(state.lanes)):
                 slot = state.entry.lowered.slots["x"]
-                latents = self.pool.state[slot, list(state.lanes)].clone()
+                latents = state.pool.state[slot, list(state.lanes)].clone()
                 images = self.denoiser.to_images(latents)
             receipt = make_receipt(
-                state.plan,
-                state.request.n,
+                state,
                 self.timeline.resolve(state.records),
                 measured_ms=(time.perf_counter() - state.began) * 1e3,
                 probe=self.probe,
                 executor=self.executor,
                 denoiser=self.denoiser,
-                pool=self.pool,
-                warnings=state.warnings,
             )
             self._close(state, "finished")
             return Result(images, latents, receipt, state.condition)
@@ -167,6 +172,7 @@ class Session:
         if bound is None:
             bound = self._expand(plan)
             self.executor.check(bound)
+            self.executor.prepare(bound, self._shape_of(bound), self._batch)
             if self.probe is not None:
                 self.probe.cover(bound)
                 self.executor.one_by_one = self.probe.one_by_one
@@ -174,6 +180,23 @@ class Session:
             if len(self._bound) > self.kept_plans:
                 del self._bound[next(iter(self._bound))]
         return bound
+
+    def _shape_of(self, plan: Plan) -> tuple[int, ...]:
+        """The latent shape that a plan runs at."""
+        return self.pool.shape if plan.binding is None else plan.binding.latent_shape
+
+    def _pool(self, shape: tuple[int, ...]) -> Pool:
+        """Slot memory of a latent shape; that of shapes long unused is freed."""
+        pool = self._pools.get(shape)
+        if pool is None:
+            pool = self._pools[shape] = Pool(shape, self._state_dtype, self.denoiser.dtype, self.denoiser.device)
+            for old in [key for key, kept in self._pools.items() if kept.idle and kept is not self._pools[shape]]:
+                if len(self._pools) <= self.kept_pools:
+                    break
+                if self._pools[old] is not self.pool:
+                    del self._pools[old]
+        self._pools.move_to_end(shape)
+        return pool
 
     def _launch(
         self, states: Sequence[State], variant: Variant | None, row: int, spans: Sequence[tuple[int, int]]
@@ -188,24 +211,27 @@ class Session:
                 if part:
                     rows = tuple(states[n].entry.base + spans[n][0] + k for _, n in part)
                     kernel_rows.append(KernelRows(tuple(p for p, _ in part), rows, reduces))
-        steps = [state.plan.steps[max(state.row, 0)] for state in states]
         records: list[Any] = []
         group = Group(
             variant,
-            tuple(lane for state in states for lane in state.lanes),
-            tuple(steps[n].timestep for n in owner),
-            tuple(states[n].condition for n in owner),
+            _chain(state.lanes for state in states),
+            tuple([states[n].plan.steps[states[n].row].timestep for n in owner]),
+            tuple([states[n].condition for n in owner]),
+            tuple([states[n].row for n in owner]),
+            tuple([states[n].hoisted for n in owner]),
             tuple(kernel_rows),
-            tuple(state.request.signed_seed for state in states for _ in state.lanes),
-            tuple(picture for state in states for picture in state.request.pictures),
+            _chain(state.seeds for state in states),
+            _chain(state.pictures for state in states),
             row,
             records,
         )
-        self.executor.run(group, self.pool, self.timeline)
+        self.executor.run(group, states[0].pool, self.timeline)
         for state in states:
-            state.records.extend((name, state.row if row >= 0 else -1, *rest) for name, _, *rest in records)
+            state.records.extend([(name, state.row if row >= 0 else -1, *rest) for name, _, *rest in records])
 
-    def _inputs(self, request: Request, plan: Plan) -> tuple[dict[str, float], dict[str, Tensor], tuple[str, ...]]:
+    def _inputs(
+        self, request: Request, plan: Plan, pool: Pool
+    ) -> tuple[dict[str, float], dict[str, Tensor], tuple[str, ...]]:
         """Numbers and tensors of the request by input name, checked against what the plan reads."""
         known = {ref.name: ref for ref in plan.inputs}
         warnings = []
@@ -229,31 +255,15 @@ class Session:
                     raise ArgumentError(f"request: {name} is {value}; a finite number is needed")
                 values[name] = float(value)
             else:
-                tensors[name] = self._tensor(name, value, request.n)
+                tensors[name] = _tensor(name, value, request.n, pool)
         for name, ref in known.items():
             if name not in offered:
                 if ref.default is None:
                     raise ArgumentError(f"request: the plan needs input {name!r}; give it")
                 values[name] = ref.default
         if request.latents is not None:
-            tensors["noise"] = self._tensor("latents", request.latents, request.n)
+            tensors["noise"] = _tensor("latents", request.latents, request.n, pool)
         return values, tensors, tuple(warnings)
-
-    def _tensor(self, name: str, value: Any, n: int) -> Tensor:
-        tensor = torch.as_tensor(value)
-        if not tensor.is_floating_point():
-            raise DtypeError(f"request: {name} is {tensor.dtype}; a float tensor is needed")
-        shape = self.pool.shape
-        fits = tuple(tensor.shape) == (n, *shape) or (name != "latents" and tensor.dim() <= len(shape))
-        try:
-            full = tensor.expand(n, *shape) if fits else None
-        except RuntimeError:
-            full = None
-        if full is None:
-            raise ShapeError(f"request: {name} has shape {tuple(tensor.shape)}; needs {(n, *shape)}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ArgumentError(f"request: {name} holds NaN or infinity; give finite values")
-        return full.to(self.pool.device, self.pool.dtype)
 
     def _own(self, state: State) -> None:
         if state.owner != self._owner:
@@ -264,10 +274,32 @@ class Session:
     def _close(self, state: State, how: str) -> None:
         state.closed = how
         state.entry.users -= 1
-        self.pool.release(state.lanes)
+        state.pool.release(state.lanes)
 
     def _threads(self) -> _Threads:
         return _Threads(self.threads)
+
+
+def _chain(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(itertools.chain.from_iterable(parts))
+
+
+def _tensor(name: str, value: Any, n: int, pool: Pool) -> Tensor:
+    """A float tensor [n, ...] of the pool's shape, device and dtype, from what a request offers under `name`."""
+    tensor = torch.as_tensor(value)
+    if not tensor.is_floating_point():
+        raise DtypeError(f"request: {name} is {tensor.dtype}; a float tensor is needed")
+    shape = pool.shape
+    fits = tuple(tensor.shape) == (n, *shape) or (name != "latents" and tensor.dim() <= len(shape))
+    try:
+        full = tensor.expand(n, *shape) if fits else None
+    except RuntimeError:
+        full = None
+    if full is None:
+        raise ShapeError(f"request: {name} has shape {tuple(tensor.shape)}; needs {(n, *shape)}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ArgumentError(f"request: {name} holds NaN or infinity; give finite values")
+    return full.to(pool.device, pool.dtype)
 
 
 class _Threads:

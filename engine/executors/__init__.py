@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from vivace.engine.compiled import Hoisted
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
-from vivace.errors import BackendError
+from vivace.errors import BackendError, UnsupportedError
 
-BACKENDS = ("eager",)
-PLANNED = ("cpu", "cuda_graph", "onnxruntime", "tensorrt", "picard")
+BACKENDS = ("eager", "cpu", "cuda_graph")
+PLANNED = ("onnxruntime", "tensorrt", "picard")
+COMPILED = {"cpu": "cpu", "cuda": "cuda_graph"}  # by device
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,16 @@ class KernelRows:
 class Group:
     """Samples whose rows share a structure. Sequences are per sample, in the order of `lanes`.
 
-    kernel_rows: what this plan row launches after the network, in order.
+    rows: of each sample's plan; hoisted: what left the loop of its request, None where nothing did; kernel_rows: what
+    this plan row launches after the network, in order; row: of the first sample, for the timeline.
     """
 
     variant: Variant | None
     lanes: tuple[int, ...]
     timesteps: tuple[float, ...]
     conditions: tuple[Any, ...]
+    rows: tuple[int, ...]
+    hoisted: tuple[Hoisted | None, ...]
     kernel_rows: tuple[KernelRows, ...]
     seeds: tuple[int, ...]
     pictures: tuple[int, ...]
@@ -49,28 +56,74 @@ class Executor(Protocol):
     name: str
     one_by_one: str | None
 
+    @property
+    def compiles(self) -> int:
+        """Artefacts compiled so far."""
+        ...
+
     def check(self, plan: Plan) -> None:
         """Raise UnsupportedError naming the first row that this executor cannot run."""
+        ...
+
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
+        """Compile what `plan` needs for that many samples of latents of `shape`."""
+        ...
+
+    def hoist(self, plan: Plan, condition: Any) -> Hoisted | None:
+        """What of a request does not depend on x, computed for all rows at once; None when nothing leaves the loop."""
         ...
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
         """Evaluate the network for the group, then do its fused steps, writing the pool in place."""
         ...
 
+    def evaluate(
+        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
+    ) -> tuple[Tensor, ...]:
+        """The network alone, as `run` evaluates it: predictions [n, ...] of x [n, ...], valid until the next call."""
+        ...
+
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         """Which backend runs each kernel over this pool, and why."""
         ...
 
+    def report(self) -> dict[str, Any]:
+        """What was compiled and how, for the receipt; plain data."""
+        ...
 
-def make_executor(backend: str, denoiser: Denoiser) -> Executor:
-    """The executor of that name; "auto" picks the fastest one present. Raises BackendError."""
+
+def make_executor(backend: str, denoiser: Denoiser, *, hoist: bool = True) -> Executor:
+    """The executor of that name; "auto" is the compiled one of the model's device where it can, else eager.
+
+    hoist: what does not depend on x leaves the loop. Raises BackendError.
+    """
     from vivace.engine.executors.eager import EagerExecutor
 
-    if backend in ("auto", "eager"):
-        return EagerExecutor(denoiser)
     if backend in PLANNED:
         raise BackendError(f"compile: backend {backend!r} is not part of this release; use {_either(BACKENDS)}")
-    raise BackendError(f"compile: backend {backend!r} is unknown; use {_either(('auto', *BACKENDS))}")
+    if backend not in ("auto", *BACKENDS):
+        raise BackendError(f"compile: backend {backend!r} is unknown; use {_either(('auto', *BACKENDS))}")
+    if backend == "eager":
+        return EagerExecutor(denoiser)
+    compiled = backend if backend != "auto" else COMPILED.get(denoiser.device.type, "eager")
+    try:
+        return _compiled(compiled, denoiser, hoist)
+    except UnsupportedError as error:
+        if backend != "auto":
+            raise BackendError(f"compile: backend {backend!r} cannot run here: {error}; use backend='eager'") from error
+        return EagerExecutor(denoiser, f"not {compiled}: {error}")
+
+
+def _compiled(backend: str, denoiser: Denoiser, hoist: bool) -> Executor:
+    """The executor of that name. Raises UnsupportedError, with the reason, when it cannot run this model here."""
+    from vivace.engine.executors.cpu import CpuExecutor
+
+    home = next((device for device, name in COMPILED.items() if name == backend), None)
+    if home != denoiser.device.type:
+        raise UnsupportedError(f"it runs models on {home}, this one is on {denoiser.device.type}")
+    if backend == "cpu":
+        return CpuExecutor(denoiser, denoiser.compiler(), hoist=hoist)
+    raise UnsupportedError("no CUDA graphs yet")
 
 
 def _either(names: Sequence[str]) -> str:

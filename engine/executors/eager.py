@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,66 +10,67 @@ from torch import Tensor
 
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Group
+from vivace.engine.executors.steps import finish_rows, step_kernels
 from vivace.engine.plan import Action, Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.errors import ShapeError, UnsupportedError
-from vivace.kernels.sample_adjust import SPEC as ADJUST
-from vivace.kernels.sample_adjust import sample_adjust
-from vivace.kernels.solver_step import SPEC as STEP
-from vivace.kernels.solver_step import solver_step
-from vivace.kernels.spec import choose
 
 
 class EagerExecutor:
-    """Network by torch, then the fused steps of the group."""
+    """Network by torch, then the fused steps of the group. `reason`: why this one, where a faster one was wanted."""
 
     name = "eager"
+    compiles = 0
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, reason: str = "") -> None:
+        self.denoiser, self.reason = denoiser, reason
         self.one_by_one: str | None = None
 
     def check(self, plan: Plan) -> None:
         """Everything except reuse of blocks, dropped tokens, per-row precision and guards."""
         check_whole(plan, "the eager executor", models=len(self.denoiser.models) > 1)
 
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
+        """Nothing is compiled."""
+
+    def hoist(self, plan: Plan, condition: Any) -> None:
+        """Nothing leaves the loop."""
+
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
         outs: tuple[Tensor, ...] = ()
         if group.variant is not None:
             with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                outs = self._network(group, pool, group.variant)
+                lanes = group.lanes
+                first = lanes[0]
+                adjacent = lanes == tuple(range(first, first + len(lanes)))
+                plane = pool.net
+                x = plane[first : first + len(lanes)] if adjacent else plane[torch.tensor(lanes, device=pool.device)]
+                outs = self._network(x, group.timesteps, group.conditions, group.variant)
         with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
-            lanes = torch.tensor(group.lanes)
-            seeds, pictures = torch.tensor(group.seeds), torch.tensor(group.pictures)
-            adjust = pool.state.new_empty(len(lanes), 3)  # of each sample, from its reduction row to the next rows
-            for launch in group.kernel_rows:
-                part = slice(None) if len(launch.positions) == len(lanes) else torch.tensor(launch.positions)
-                call = (pool.state, [out[part] for out in outs], pool.table, torch.tensor(launch.rows), lanes[part])
-                inputs: Any = {"tensors": pool.tensors, "seeds": seeds[part], "pictures": pictures[part]}
-                if launch.reduces:
-                    adjust[part] = sample_adjust(*call, **inputs)
-                else:
-                    solver_step(*call, **inputs, net=pool.net, adjust=adjust[part])
+            finish_rows(group, pool, outs)
+
+    def evaluate(
+        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
+    ) -> tuple[Tensor, ...]:
+        return self._network(x, timesteps, conditions, variant)
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
-        where = pool.device.type, str(pool.dtype).removeprefix("torch.")
-        choices = [(spec.name, choose(spec, *where)) for spec in (STEP, ADJUST)]
-        fused = (KernelUse(name, choice.backend, choice.reason) for name, choice in choices)
-        return *fused, KernelUse("network", "torch", "eager executor")
+        return *step_kernels(pool), KernelUse("network", "torch", "; ".join(filter(None, ("eager", self.reason))))
+
+    def report(self) -> dict[str, Any]:
+        return {}
 
     @torch.inference_mode()
-    def _network(self, group: Group, pool: Pool, variant: Variant) -> tuple[Tensor, ...]:
-        lanes = group.lanes
-        first = lanes[0]
-        adjacent = lanes == tuple(range(first, first + len(lanes)))
-        x = pool.net[first : first + len(lanes)] if adjacent else pool.net[torch.tensor(lanes, device=pool.device)]
+    def _network(
+        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
+    ) -> tuple[Tensor, ...]:
         if self.one_by_one is None:
-            outs = self.denoiser.evaluate(x, group.timesteps, group.conditions, variant)
+            outs = self.denoiser.evaluate(x, timesteps, conditions, variant)
         else:
             single = [
-                self.denoiser.evaluate(x[n : n + 1], group.timesteps[n : n + 1], group.conditions[n : n + 1], variant)
-                for n in range(len(lanes))
+                self.denoiser.evaluate(x[n : n + 1], timesteps[n : n + 1], conditions[n : n + 1], variant)
+                for n in range(len(x))
             ]
             outs = tuple(torch.cat(branch) for branch in zip(*single, strict=True))
         for branch, out in zip(variant.branches, outs, strict=True):

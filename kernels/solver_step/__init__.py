@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vivace.kernels.solver_step.table import Output, Reduction, StepTable, build_row, build_table
-from vivace.kernels.spec import choose, define, load
+from vivace.kernels.spec import CPU, choose, define, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Output", "Reduction", "StepTable", "build_row", "build_table", "solver_step"]
+__all__ = ["Output", "Reduction", "StepTable", "bind_step", "build_row", "build_table", "solver_step"]
 
 
 def solver_step(
@@ -76,6 +76,37 @@ def solver_step(
         pictures=call.pictures,
         adjust=adjust,
     )
+
+
+def bind_step(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    rows: Sequence[int],
+    index: Sequence[int],
+    *,
+    net: Tensor,
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    pictures: Sequence[int],
+) -> Callable[[Sequence[int]], object]:
+    """rows -> solver_step(pool, outs, table, rows, index, ...): the launch of a loop, with its tensors checked once.
+
+    Arguments are those of `solver_step`; `rows` are those of the first call, and none has adjusted outputs. The caller
+    keeps every tensor where it is. Later rows, and what their codes reach, are checked in C++ (ValueError).
+    Raises: ShapeError, DtypeError, ArgumentError, BackendError.
+    """
+    from vivace.kernels.solver_step.check import prepare
+
+    given: Any = {"net": net, "tensors": tensors, "seeds": seeds, "pictures": pictures}
+    choice = choose(SPEC, pool.device.type, str(pool.dtype)[6:])
+    call = prepare("solver_step", pool, outs, table, rows, index, net, tensors, seeds, pictures)
+    kept = all(own is out for own, out in zip(call.outs, outs, strict=True)) and call.table is table
+    if choice.backend != CPU or not kept or not pool.numel():
+        return lambda rows: solver_step(pool, outs, table, rows, index, **given)
+    from vivace.kernels.solver_step.cpu_impl import bound
+
+    return bound(pool, outs, table, index, **given)
 
 
 SPEC = define("solver_step")

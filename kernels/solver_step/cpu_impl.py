@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vivace import _C
@@ -46,6 +47,27 @@ def solver_step(
         net_dtype="float32" if net is None else str(net.dtype)[6:],
         adjust=0 if adjust is None else adjust.data_ptr(),
     )
+
+
+def bound(
+    pool: Tensor,
+    outs: Sequence[Tensor],
+    table: StepTable,
+    index: Sequence[int],
+    *,
+    net: Tensor,
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    pictures: Sequence[int],
+) -> Callable[[Sequence[int]], object]:
+    """The call into C++ that only lacks its rows."""
+    import torch
+
+    lanes, seed, picture = (torch.tensor(values) for values in (index, seeds, pictures))
+    given = packed(pool, outs, table, lanes, lanes, tensors, seed, picture)
+    del given["rows"]
+    call = partial(_C.solver_step, **given, net=net.data_ptr(), net_dtype=str(net.dtype)[6:], adjust=0)
+    return lambda rows: call(rows=rows)
 
 
 def packed(

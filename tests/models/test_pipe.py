@@ -116,7 +116,8 @@ def test_a_plan_for_another_model_or_prediction_is_refused(pipe):
 @pytest.mark.parametrize(
     ("options", "error", "fragment"),
     [
-        ({"backend": "cuda_graph"}, vivace.BackendError, "not part of this release"),
+        ({"backend": "tensorrt"}, vivace.BackendError, "not part of this release"),
+        ({"backend": "cuda_graph"}, vivace.BackendError, "'cuda_graph' cannot run here: it runs models on cuda"),
         ({"backend": "fast"}, vivace.BackendError, "unknown"),
         ({"device": "tpu9"}, vivace.ArgumentError, "tpu9"),
         ({"dtype": "int8"}, vivace.ArgumentError, "int8"),

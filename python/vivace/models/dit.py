@@ -13,7 +13,7 @@ Source: Peebles and Xie 2023, section 3.2 and figure 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple, cast
 
@@ -125,7 +125,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, patch * patch * config.out_channels)
-        self.register_buffer("positions", self._positions(config.grid, self.device), persistent=False)
+        self.register_buffer("positions", self.position_table(config.grid), persistent=False)
         self.requires_grad_(False).eval()
 
     @property
@@ -167,7 +167,7 @@ class DiT(nn.Module):
     def condition(self, t: Tensor, labels: Tensor) -> Modulation:
         """Modulation vectors of the whole network from timesteps [n] and labels [B, n]; independent of x."""
         branches, n = labels.shape
-        features, layers = self._time_features(t), self._layers()
+        features, layers = self._time_features(t), self.layers()
         hidden = [layer.condition.forward(features, labels) for layer in layers]
         vectors = [linear(h, layer.condition.modulation) for h, layer in zip(hidden, layers, strict=True)]
         packed = torch.stack(vectors).view(len(layers), branches, n, 6, self.config.width)
@@ -178,7 +178,7 @@ class DiT(nn.Module):
 
     def block(self, i: int, hidden: Tensor, modulation: Modulation) -> Tensor:
         """Block i on hidden states [R, N, D]."""
-        return self._layers()[i].forward(hidden, modulation.of_block(i))
+        return self.layers()[i].forward(hidden, modulation.of_block(i))
 
     def head(self, hidden: Tensor, modulation: Modulation, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """Hidden states [R, N, D] -> B predictions [n, C, H, W]; `size` (H, W), default the native one."""
@@ -194,18 +194,22 @@ class DiT(nn.Module):
     @classmethod
     def load(cls, folder: str | PathLike[str], dtype: torch.dtype = torch.float32) -> DiT:
         """Read a transformer folder in the diffusers format, shards included; on the CPU. Raises ModelError."""
-        config, parameters = read_dit(folder, dtype)
+        return cls.of(*read_dit(folder, dtype))
+
+    @classmethod
+    def of(cls, config: DiTConfig, parameters: Mapping[str, Tensor]) -> DiT:
+        """The model of these parameters, which are not copied; those of further blocks are left out."""
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(parameters, assign=True)
-        model.positions = model._positions(config.grid, torch.device("cpu")).to(dtype)
+        model.load_state_dict({name: parameters[name] for name in model.state_dict()}, assign=True)
+        model.positions = model.position_table(config.grid).to(model.dtype)
         return model.requires_grad_(False)
 
     def save(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write the folder that diffusers reads, all or nothing; dtype None is the model's. Raises OutputError."""
         write_dit(folder, self.config, self.state_dict(), dtype or self.dtype)
 
-    def _layers(self) -> Sequence[Block]:
+    def layers(self) -> Sequence[Block]:
         """The blocks under their type."""
         return cast("Sequence[Block]", self.blocks)
 
@@ -220,11 +224,11 @@ class DiT(nn.Module):
         """Position table [N, D] of a grid; the stored one for the native grid."""
         if grid == self.config.grid:
             return self.positions
-        return self._positions(grid, self.device).to(self.dtype)
+        return self.position_table(grid).to(self.dtype)
 
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
         """sin-cos of column, then of row, each D/2 wide, coordinates rescaled to the native grid; float32 [N, D]."""
-        base, quarter = self.config.grid[0], self.config.width // 4
+        base, quarter, device = self.config.grid[0], self.config.width // 4, self.device
         rows, columns = (torch.arange(k, dtype=torch.float32, device=device) / (k / base) for k in grid)
         omega = torch.arange(quarter, dtype=torch.float64, device=device) / quarter
         omega = 1.0 / 10000**omega

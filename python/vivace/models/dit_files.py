@@ -61,9 +61,16 @@ def read_dit(folder: str | PathLike[str], dtype: torch.dtype) -> tuple[DiTConfig
     """The configuration and the parameters (by their names in memory) of a transformer folder. Raises ModelError."""
     folder = Path(folder)
     config = read_config(folder)
-    stored = {name: tensor for name, tensor in read_tensors(folder).items() if name not in IGNORED}
+    return config, parameters_of(config, read_tensors(folder), dtype, str(folder))
+
+
+def parameters_of(
+    config: DiTConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, where: str
+) -> dict[str, Tensor]:
+    """The parameters by their names in memory of tensors by their names on disk. Raises ModelError, naming `where`."""
+    stored = {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
     places = layout(config)
-    _check(stored, places, folder)
+    _check(stored, places, where)
     parameters: dict[str, Tensor] = {}
     for name, place in places.items():
         tensor = stored.pop(name).to(dtype)
@@ -73,7 +80,7 @@ def read_dit(folder: str | PathLike[str], dtype: torch.dtype) -> tuple[DiTConfig
             target[place.third * rows :][:rows] = tensor
         else:
             parameters[place.parameter] = tensor.flatten(1) if tensor.ndim == 4 else tensor
-    return config, parameters
+    return parameters
 
 
 def read_config(folder: Path) -> DiTConfig:
@@ -108,7 +115,7 @@ def _layer(
     return places
 
 
-def _check(stored: Mapping[str, Tensor], places: Mapping[str, Place], folder: Path) -> None:
+def _check(stored: Mapping[str, Tensor], places: Mapping[str, Place], where: str) -> None:
     """Refuse missing, extra and misshapen tensors; names the first few."""
     wrong = [
         f"{name} {tuple(stored[name].shape)} (need {place.shape})"
@@ -126,4 +133,4 @@ def _check(stored: Mapping[str, Tensor], places: Mapping[str, Place], folder: Pa
         if names
     ]
     if found:
-        raise ModelError(f"{folder}: {'; '.join(found)}; the weights do not belong to this config.json")
+        raise ModelError(f"{where}: {'; '.join(found)}; the weights do not belong to this config.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from vivace.engine.bind import ModelSpec
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.planning import make_plan
-from vivace.errors import ArgumentError, BackendError
+from vivace.errors import ArgumentError, BackendError, UnsupportedError
 from vivace.models import pictures
 from vivace.models.load import LoadedModel, OpenModel
 from vivace.models.load import load as load_model
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from vivace.engine.compiled import Compiler
     from vivace.engine.session import Session
     from vivace.models.pipelines.decode import DecodeOptions
     from vivace.models.pipelines.open import ForeignPipe
@@ -50,6 +52,14 @@ class ClassDenoiser:
         labels = torch.tensor([ids if branch == "cond" else null for branch in variant.branches], device=x.device)
         t = torch.tensor(timesteps, dtype=torch.float64, device=x.device)
         return self.model.module(x, t, labels)
+
+    def compiler(self) -> Compiler:
+        """The compiler of the native DiT for the device it is on. Raises UnsupportedError with the reason."""
+        raise UnsupportedError("not in the tree yet")
+        from vivace.models.compiled.native import native_compiler
+
+        null = self.model.classes
+        return native_compiler(self.model.module, self.spec, lambda match, b: match.id if b == "cond" else null)
 
     def to_latent(self, image: Any) -> Tensor:
         """A PIL picture or path at model size, or a tensor as it is, as a latent [C, H, W]."""
@@ -95,15 +105,18 @@ class Pipe:
         dtype: torch.dtype | str | None = None,
         threads: int | None = None,
         batch: int | None = None,
+        hoist: bool = True,
     ) -> Session:
         """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
 
         Args:
-            backend: "auto" or "eager"; a backend asked for by name that cannot run here is an error.
+            backend: "eager", "cpu" or "cuda_graph"; one asked for by name that cannot run here is an error. "auto" is
+                the compiled one of the device where it can run the model, else eager; the receipt says why.
             device: "auto" takes a GPU when torch finds one.
             dtype: of the network, a torch dtype or its name; None keeps the loaded one. The state between evaluations
                 is float32 (float64 for a float64 network).
             threads: CPU threads of this session; None is torch's number. batch: samples to make room for beforehand.
+            hoist: what does not depend on the latent is computed before the loop, for all rows at once.
         Raises: BackendError, PlanError, UnsupportedError, ArgumentError.
         """
         import torch
@@ -116,12 +129,12 @@ class Pipe:
         return Session(
             denoiser,
             [plan] if isinstance(plan, Plan) else list(plan),
-            make_executor(backend, denoiser),
+            make_executor(backend, denoiser, hoist=hoist),
             shape=denoiser.spec.latent_shape,
             state_dtype=torch.float64 if denoiser.dtype == torch.float64 else torch.float32,
             threads=threads,
             batch=batch,
-            expand=lambda given: given.bind(denoiser.spec),
+            expand=partial(_at_its_shape, denoiser.spec),
         )
 
     def _placed(self, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
@@ -198,6 +211,11 @@ def default_plan(
     )
     scale = float(card.get("guidance_scale", 1.0)) if guidance is None else guidance
     return plan if scale == 1.0 else apply_guidance(plan, scale, interval=interval)
+
+
+def _at_its_shape(spec: ModelSpec, plan: Plan) -> Plan:
+    """A plan bound to the model: at the shape it was bound to already, else at the model's."""
+    return plan.bind(spec, None if plan.binding is None else plan.binding.latent_shape)
 
 
 def plan_file(path: Path | None, solver: str | None, steps: int | None) -> Plan | None:

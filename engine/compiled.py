@@ -1,0 +1,86 @@
+"""What a compiled executor asks of a model: networks compiled per variant and bucket, and what left the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from vivace.engine.plan import Variant
+
+
+class Bucket(NamedTuple):
+    """The shape class of an artefact: it runs up to that many image tokens and samples."""
+
+    tokens: int
+    samples: int
+
+
+def bucket_of(tokens: int, samples: int) -> Bucket:
+    """The bucket that `samples` pictures of `tokens` tokens fall into.
+
+    Tokens go up to the next of 16, 24, 32, 48, 64, 96, ... (powers of two and one and a half times those), samples to
+    the next power of two. An artefact works with what a call has; the rest of its bucket costs memory, not time.
+    """
+    power = 1 << max(tokens - 1, 1).bit_length() - 1
+    rungs = (power, power + power // 2, 2 * power)
+    return Bucket(max(16, next(rung for rung in rungs if rung >= tokens)), 1 << (samples - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hoisted:
+    """What left the loop of one request: `data` as the compiled network reads it by row, and the bytes of each part."""
+
+    data: Any
+    bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation of a group of samples. Sequences are per sample.
+
+    x: the network-input plane [lanes, ...] of the pool, whole; rows: of each sample's plan, which is what its
+    `hoisted` is read by.
+    """
+
+    x: Tensor
+    lanes: tuple[int, ...]
+    rows: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    conditions: tuple[Any, ...]
+    hoisted: tuple[Hoisted | None, ...]
+
+
+class Network(Protocol):
+    """A network compiled for one variant and one bucket. It holds nothing of a request.
+
+    how: what runs a row, and why that, for the receipt.
+    """
+
+    how: str
+
+    def run(self, call: Evaluation) -> tuple[Tensor, ...]:
+        """One prediction [n, ...] per branch of the variant; valid until the next run."""
+        ...
+
+
+class Compiler(Protocol):
+    """Compiles one model for one backend. Prepared weights belong to it and are shared by its networks."""
+
+    def why_not(self, variant: Variant) -> str | None:
+        """Why a variant cannot be compiled; None when it can."""
+        ...
+
+    def compile(self, variant: Variant, bucket: Bucket, shape: Sequence[int]) -> Network:
+        """The network of a variant for a bucket; `shape` is a latent of that bucket, to measure with."""
+        ...
+
+    def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted | None:
+        """What does not depend on x, for the rows of a plan that are fed `timesteps`; None: nothing leaves the loop."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """How the weights are kept and what was measured; plain data for the receipt."""
+        ...

@@ -1,0 +1,121 @@
+"""The compiled executor of CPUs: one network per variant and bucket, fed what left the loop; then the solver step.
+
+What a network is compiled to is the model's business (`engine.compiled`): for the native DiT one call into C++ a row.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivace.engine.compiled import Bucket, Compiler, Evaluation, Hoisted, Network, bucket_of
+from vivace.engine.denoiser import Denoiser
+from vivace.engine.executors import Group
+from vivace.engine.executors.eager import check_whole
+from vivace.engine.executors.steps import finish_rows, step_kernels
+from vivace.engine.plan import Plan, Variant
+from vivace.engine.pool import Pool
+from vivace.engine.receipt import KernelUse, Timeline
+from vivace.errors import UnsupportedError
+
+
+class CpuExecutor:
+    """Compiled networks by (variant, bucket). `compiles` counts them; numbers of a plan never make one."""
+
+    name = "cpu"
+    kept_hoists = 16  # results of `hoist` kept for requests with the same plan and condition
+
+    def __init__(self, denoiser: Denoiser, compiler: Compiler, *, hoist: bool = True) -> None:
+        self.denoiser, self.compiler, self.hoisting = denoiser, compiler, hoist
+        self.one_by_one: str | None = None
+        self.networks: dict[tuple[Hashable, Bucket], Network] = {}
+        self._hoists: OrderedDict[Hashable, Hoisted] = OrderedDict()
+        self._bucket = lru_cache(256)(lambda shape, samples: bucket_of(denoiser.spec.tokens(shape), samples))
+
+    @property
+    def compiles(self) -> int:
+        """Artefacts compiled so far."""
+        return len(self.networks)
+
+    def check(self, plan: Plan) -> None:
+        """Everything that `EagerExecutor.check` refuses, and variants that the model's compiler cannot take."""
+        check_whole(plan, "the cpu executor", models=len(self.denoiser.models) > 1)
+        for i, step in enumerate(plan.steps):
+            why = None if step.variant is None else self.compiler.why_not(step.variant)
+            if why is not None:
+                raise UnsupportedError(f"step {i}: the cpu executor cannot compile it: {why}; use backend='eager'")
+
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
+        for variant in plan.variants:
+            self._network(variant, shape, samples)
+
+    def hoist(self, plan: Plan, condition: Any) -> Hoisted | None:
+        if not self.hoisting:
+            return None
+        timesteps = tuple(step.timestep for step in plan.steps)
+        branches = tuple(dict.fromkeys(branch for variant in plan.variants for branch in variant.branches))
+        return self._hoisted(timesteps, branches, condition)
+
+    def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
+        outs: tuple[Tensor, ...] = ()
+        if group.variant is not None:
+            with timeline.span(group.records, "network", group.row, len(group.lanes)):
+                call = Evaluation(pool.net, group.lanes, group.rows, group.timesteps, group.conditions, group.hoisted)
+                outs = self._run(call, group.variant, pool.shape)
+        with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
+            finish_rows(group, pool, outs)
+
+    def evaluate(
+        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
+    ) -> tuple[Tensor, ...]:
+        lanes, times = tuple(range(len(x))), tuple(timesteps)
+        hoisted = tuple(self._hoisted(times, variant.branches, c) if self.hoisting else None for c in conditions)
+        return self._run(Evaluation(x, lanes, lanes, times, tuple(conditions), hoisted), variant, tuple(x.shape[1:]))
+
+    def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
+        ways = dict.fromkeys(network.how for network in self.networks.values())
+        return *step_kernels(pool), *(KernelUse("network", self.name, how) for how in ways)
+
+    def report(self) -> dict[str, Any]:
+        buckets = sorted({bucket for _, bucket in self.networks})
+        return {**self.compiler.report(), "buckets": [f"{b.tokens} tokens x {b.samples}" for b in buckets]}
+
+    def _run(self, call: Evaluation, variant: Variant, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        network = self._network(variant, shape, len(call.lanes))
+        if self.one_by_one is None:
+            return network.run(call)
+        single = [[out.clone() for out in network.run(_sample(call, n))] for n in range(len(call.lanes))]
+        return tuple(torch.cat(branch) for branch in zip(*single, strict=True))
+
+    def _network(self, variant: Variant, shape: tuple[int, ...], samples: int) -> Network:
+        bucket = self._bucket(shape, samples)
+        key = (variant.model, variant.branches, variant.rules), bucket  # every token is kept: how many, the bucket says
+        network = self.networks.get(key)
+        if network is None:
+            network = self.networks[key] = self.compiler.compile(variant, bucket, shape)
+        return network
+
+    def _hoisted(self, timesteps: tuple[float, ...], branches: tuple[str, ...], condition: Any) -> Hoisted | None:
+        key = (timesteps, branches, condition) if isinstance(condition, Hashable) else None
+        if key is None or key not in self._hoists:
+            made = self.compiler.hoist(timesteps, branches, condition)
+            if key is None or made is None:
+                return made
+            self._hoists[key] = made
+            if len(self._hoists) > self.kept_hoists:
+                self._hoists.popitem(last=False)
+        self._hoists.move_to_end(key)
+        return self._hoists[key]
+
+
+def _sample(call: Evaluation, n: int) -> Evaluation:
+    """The evaluation of sample n alone."""
+    part = slice(n, n + 1)
+    return Evaluation(
+        call.x, call.lanes[part], call.rows[part], call.timesteps[part], call.conditions[part], call.hoisted[part]
+    )

@@ -1,0 +1,65 @@
+"""The half of a row after the network: the fused solver steps of a group, the same for every executor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivace.engine.executors import Group
+from vivace.engine.pool import Pool
+from vivace.engine.receipt import KernelUse
+from vivace.kernels.sample_adjust import SPEC as ADJUST
+from vivace.kernels.sample_adjust import sample_adjust
+from vivace.kernels.solver_step import SPEC as STEP
+from vivace.kernels.solver_step import bind_step, solver_step
+from vivace.kernels.spec import choose
+
+
+def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:
+    """Run the kernel rows of `group` on its predictions `outs` (one a branch), writing the pool in place.
+
+    Nothing waits for the device: the kernels read row numbers, lanes and seeds on the host and send them themselves.
+    """
+    launch = group.kernel_rows[0] if len(group.kernel_rows) == 1 else None
+    if launch is not None and len(launch.positions) == len(group.lanes) and not launch.reduces:
+        return _again(group, pool, outs, launch.rows)
+    lanes, seeds, pictures = torch.tensor(group.lanes), torch.tensor(group.seeds), torch.tensor(group.pictures)
+    adjust = pool.state.new_empty(len(lanes), 3)  # of each sample, from its reduction row to the next rows
+    for launch in group.kernel_rows:
+        whole = len(launch.positions) == len(lanes)
+        here = torch.tensor(launch.positions)
+        there = here if whole else _on_device(here, pool.device)
+        mine = outs if whole else [out.index_select(0, there) for out in outs]
+        call = (pool.state, mine, pool.table, torch.tensor(launch.rows), lanes if whole else lanes[here])
+        inputs: Any = {"tensors": pool.tensors, "seeds": seeds, "pictures": pictures}
+        if not whole:
+            inputs |= {"seeds": seeds[here], "pictures": pictures[here]}
+        if launch.reduces:
+            found = sample_adjust(*call, **inputs)
+            adjust = found if whole else adjust.index_copy_(0, there, found)
+        else:
+            solver_step(*call, **inputs, net=pool.net, adjust=adjust if whole else adjust.index_select(0, there))
+
+
+def _again(group: Group, pool: Pool, outs: Sequence[Tensor], rows: tuple[int, ...]) -> None:
+    """The usual launch, all samples and one row each: after the first row of a loop only row numbers are new."""
+    where = tuple([(out.data_ptr(), out.shape, out.stride(), out.dtype) for out in outs])
+    key = (group.lanes, group.seeds, group.pictures, where, torch.get_num_threads())
+    given: Any = {"net": pool.net, "tensors": pool.tensors, "seeds": group.seeds, "pictures": group.pictures}
+    launch = pool.call(key, lambda: bind_step(pool.state, outs, pool.table, rows, group.lanes, **given))
+    launch(rows)
+
+
+def _on_device(positions: Tensor, device: torch.device) -> Tensor:
+    """Positions where tensors of the pool can be indexed by them."""
+    return positions if device.type == "cpu" else positions.pin_memory().to(device, non_blocking=True)
+
+
+def step_kernels(pool: Pool) -> tuple[KernelUse, ...]:
+    """Which backend runs the solver steps over this pool, and why."""
+    where = pool.device.type, str(pool.dtype).removeprefix("torch.")
+    choices = [(spec.name, choose(spec, *where)) for spec in (STEP, ADJUST)]
+    return tuple(KernelUse(name, choice.backend, choice.reason) for name, choice in choices)
