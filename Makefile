@@ -42,7 +42,7 @@ build: $(STAMP)
 
 bench-setup: $(STAMP)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[torch,dev,diffusers,bench]"
-	$(BIN)/python -c "from vivace.bench import solvers; solvers.prepare()"
+	$(BIN)/python -m vivace.bench.prepare
 
 # The C++ tests under the address and undefined-behaviour sanitizers; `make test` runs them too.
 sanitize: $(STAMP)

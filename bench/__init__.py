@@ -10,7 +10,7 @@ from typing import Any
 from vivace.engine.plan_io import write_atomic
 from vivace.errors import ArgumentError
 
-SUITES = ("denoiser", "gate", "kernels", "solvers")
+SUITES = ("denoiser", "e2e", "gate", "kernels", "solvers")
 
 
 def run(

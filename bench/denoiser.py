@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench import denoiser_dit
 from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
 from vivace.errors import ArgumentError, BackendError
@@ -292,6 +293,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
     "denoiser.fused_vs_eager_fp32": lambda quick: fused_vs_eager("fp32", quick),
     "denoiser.fused_vs_eager_bf16": lambda quick: fused_vs_eager("bf16", quick),
     "denoiser.passthrough_overhead": passthrough_overhead,
+    **denoiser_dit.CLAIMS,
 }
 
 
@@ -311,4 +313,5 @@ def run(op: str | None = None, claim: str | None = None, quick: bool = False) ->
         for case in list(CASES)[1:]:
             for dtype in DTYPES.values():
                 rows += case_rows(case, dtype, quick)[0]
+        rows += denoiser_dit.full_rows()
     return report("denoiser", rows, claims)

@@ -28,10 +28,13 @@ SPAN = 0.012  # seconds a timed span lasts at least; short candidates are called
 LEAD = 0.003  # seconds of untimed calls before it: caches, frequency and sleeping threads are up by then
 # Columns a printed table shows, in this order, where rows have them.
 COLUMNS = (
-    "op", "backend", "case", "dtype", "ms", "compile_s", "floor_ms", "gb_per_s", "percent_of_roofline",
-    "over_eager", "over_compile",
-    "on", "guidance", "solver", "evaluations", "nfe", "error", "psnr", "order", "measured",
+    "op", "backend", "case", "factor", "dtype", "ms", "compile_s", "floor_ms", "gb_per_s", "gflop_per_s",
+    "percent_of_roofline", "over_eager", "over_compile", "over_onednn",
+    "over_openvino", "over_default", "over_best_peer", "peak_mb",
+    "on", "guidance", "solver", "spacing", "steps", "evaluations", "nfe", "tokens", "error", "psnr", "meets",
+    "order", "measured",
     "agree", "refused", "deviate", "model", "pictures", "spread", "difficulty", "top1", "frechet",
+    "changed", "compiles", "reason",
 )  # fmt: skip
 LIBRARIES = ("vivace", "torch", "diffusers", "triton", "numpy")
 
@@ -156,7 +159,7 @@ def report(suite: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim
     }  # fmt: skip
     return {
         "suite": suite, "machine": machine(), "versions": versions(), "commit": commit(),
-        "rows": [{**row, **common} for row in rows], "claims": [claim.to_dict() for claim in claims],
+        "rows": [{**common, **row} for row in rows], "claims": [claim.to_dict() for claim in claims],
     }  # fmt: skip
 
 

@@ -52,6 +52,13 @@ class Evaluation:
     conditions: tuple[Any, ...]
     hoisted: tuple[Hoisted | None, ...]
 
+    def sample(self, n: int) -> Evaluation:
+        """The evaluation of sample n alone."""
+        one = slice(n, n + 1)
+        return Evaluation(
+            self.x, self.lanes[one], self.rows[one], self.timesteps[one], self.conditions[one], self.hoisted[one]
+        )
+
 
 class Network(Protocol):
     """A network compiled for one variant and one bucket. It holds nothing of a request.

@@ -40,8 +40,8 @@ class Denoiser(Protocol):
         """Predictions of `variant.branches`: each [n, ...] for x [n, ...], one timestep and one condition a sample."""
         ...
 
-    def compiler(self) -> Compiler:
-        """Compiles the model for the device it is on. Raises UnsupportedError with the reason when nothing can."""
+    def compiler(self) -> Compiler | Replayable:
+        """Compiles the model for the CPU, or hands it out in pieces to replay on CUDA. Raises UnsupportedError, why."""
         ...
 
     def to_latent(self, image: Any) -> Tensor:

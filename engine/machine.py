@@ -5,16 +5,19 @@ from __future__ import annotations
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vivace import __version__
 from vivace.kernels.spec import CPU, missing
 
+if TYPE_CHECKING:
+    import torch
+
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The device and everything beside it that decides how fast and how rounded a network runs; plain data."""
+    import torch
+
     place = {"vivace": __version__, "torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return place | {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}

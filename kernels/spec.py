@@ -119,11 +119,15 @@ _REGISTRY: dict[str, OpSpec] = {}
 # Folders of this package that hold an op. Their modules register themselves when first imported.
 _OPS = (
     "adaln_modulate",
+    "attention",
     "gated_residual",
     "gelu",
+    "int8_linear",
+    "linear",
     "norm_modulate",
     "philox_normal",
     "qk_norm_rope",
+    "quantize_tokens",
     "sample_adjust",
     "solver_step",
 )
@@ -139,7 +143,7 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
-def define(name: str, *, tolerance: float = 0.0) -> OpSpec:
+def define(name: str, *, tolerance: float = 0.0, backends: tuple[str, ...] = (CPU, TRITON)) -> OpSpec:
     """Register the op in `kernels/<name>/` by its fixed stems; its `cases.py` and `cost.py` load on first use."""
     home = f"vivace.kernels.{name}"
 
@@ -150,7 +154,7 @@ def define(name: str, *, tolerance: float = 0.0) -> OpSpec:
         OpSpec(
             name,
             f"{home}.reference",
-            {backend: f"{home}.{backend}_impl" for backend in (CPU, TRITON)},
+            {backend: f"{home}.{backend}_impl" for backend in backends},
             cases=late("cases", "cases"),
             tolerance=tolerance,
             bytes_moved=late("cost", "bytes_moved"),
@@ -248,6 +252,8 @@ def error_of(actual: Any, exact: Any) -> float:
 def within_tolerance(actual: Any, eager: Any, exact: Any, *, absolute: float = 0.0) -> tuple[bool, float, float]:
     """The tolerance rule: e(actual) <= 2 e(eager) + one unit roundoff of the output dtype (+ absolute / max |exact|).
 
+    Integers have no roundoff.
+
     Args:
         actual: what the implementation wrote; eager: the definition in the same dtypes; exact: the same in float64.
         absolute: error that the op's definition grants besides (`OpSpec.tolerance`).
@@ -255,7 +261,7 @@ def within_tolerance(actual: Any, eager: Any, exact: Any, *, absolute: float = 0
     """
     finite = exact[exact.isfinite()]
     size = float(finite.abs().max().item()) if finite.numel() else 1.0
-    bound = 2.0 * error_of(eager, exact) + UNIT_ROUNDOFF[str(actual.dtype).removeprefix("torch.")]
+    bound = 2.0 * error_of(eager, exact) + UNIT_ROUNDOFF.get(str(actual.dtype).removeprefix("torch."), 0.0)
     bound += absolute / (size or 1.0)
     error = error_of(actual, exact)
     return error <= bound, error, bound

@@ -10,11 +10,15 @@ from vivace.errors import ArgumentError
 
 OPS = (
     "adaln_modulate",
+    "attention",
     "gated_residual",
     "gelu",
+    "int8_linear",
+    "linear",
     "norm_modulate",
     "philox_normal",
     "qk_norm_rope",
+    "quantize_tokens",
     "sample_adjust",
     "solver_step",
 )

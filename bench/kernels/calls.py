@@ -9,19 +9,20 @@ of it fits the cache both are bound by the core, and the share says how far the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vivace.bench import device
 from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Timing, interleave
 from vivace.bench.kernels.rows import tensors
 from vivace.bench.kernels.solver_step import copies
 from vivace.errors import BackendError
-from vivace.kernels.spec import OpSpec, error_of, missing, within_tolerance
+from vivace.kernels.spec import CPU, REFERENCE, OpSpec, error_of, missing, within_tolerance
 
 SEED = 7
 
@@ -54,13 +55,16 @@ class Problem:
 
 
 def rows(problem: Problem, quick: bool) -> list[dict[str, Any]]:
-    """One row a way of computing, checked first, timed together."""
-    if (reason := missing("cpu")) is not None:
+    """One row a way of computing, checked first, timed together; on the GPU where there is one."""
+    if device.present():
+        return device_rows(problem, quick)
+    if (reason := missing(CPU)) is not None:
         raise BackendError(f"bench {problem.spec.name}: {reason}")
+    ours = CPU if CPU in problem.spec.impls else REFERENCE
     with torch.inference_mode():
-        told = check(problem)
+        told = check(problem, ours)
         candidates = {
-            "cpu": Candidate(lambda: problem.ours(*problem.inputs)),
+            ours: Candidate(lambda: problem.ours(*problem.inputs, backend=ours)),
             "eager": Candidate(lambda: problem.eager(*problem.inputs)),
             **copies(problem.bytes),
         }
@@ -72,6 +76,21 @@ def rows(problem: Problem, quick: bool) -> list[dict[str, Any]]:
         times = interleave(candidates, seconds=0.5 if quick else 2.0)
     told |= {"over_compile_reason": reason}
     return [describe(problem, name, times) | told for name in times if name not in ("memcpy", "copy_stream")]
+
+
+def device_rows(problem: Problem, quick: bool) -> list[dict[str, Any]]:
+    """The same on the GPU."""
+    problem = replace(problem, inputs=tuple(tensor.to(device.PLACE) for tensor in problem.inputs))
+    ours = device.backend(problem.spec)
+    first, (positional, named) = problem.inputs[0], problem.arguments(problem.inputs)
+    with torch.inference_mode():
+        told = check(problem, ours)
+    work = device.Work(
+        problem.spec.name, problem.case, ours, lambda: problem.ours(*problem.inputs, backend=ours), problem.eager,
+        problem.inputs, tuple(first.shape), str(first.dtype)[6:], problem.bytes,
+        problem.spec.flops(*positional, **named), told,
+    )  # fmt: skip
+    return device.rows(work, quick)
 
 
 def describe(problem: Problem, backend: str, times: Mapping[str, Timing]) -> dict[str, Any]:
@@ -89,18 +108,23 @@ def describe(problem: Problem, backend: str, times: Mapping[str, Timing]) -> dic
     }  # fmt: skip
 
 
-def check(problem: Problem) -> dict[str, Any]:
+def check(problem: Problem, backend: str = CPU) -> dict[str, Any]:
     """Errors against float64 of ours and of the eager peer. Raises BackendError beyond the rule."""
     name = problem.spec.name
-    exact = problem.ours(*(tensor.double() for tensor in problem.inputs), backend="reference")
-    ours, eager = problem.ours(*problem.inputs), tensors(problem.eager(*problem.inputs))
+    exact = problem.ours(*map(_double, problem.inputs), backend=REFERENCE)
+    ours, eager = problem.ours(*problem.inputs, backend=backend), tensors(problem.eager(*problem.inputs))
     errors, peers = [], []
     for mine, theirs, truth in zip(ours, eager, exact, strict=True):
         holds, error, bound = within_tolerance(mine, theirs, truth)
         if not holds:
-            raise BackendError(f"bench {name}: error {error:.3g} of cpu exceeds {bound:.3g}; nothing was timed")
+            raise BackendError(f"bench {name}: error {error:.3g} of {backend} exceeds {bound:.3g}; nothing was timed")
         errors.append(error)
         peers.append(error_of(theirs, truth))
     if max(peers) > 0.05:
         raise BackendError(f"bench {name}: the eager peer computes something else; nothing was timed")
     return {"error_to_float64": errors, "eager_error_to_float64": peers}
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """Integers stay."""
+    return tensor.double() if tensor.is_floating_point() else tensor

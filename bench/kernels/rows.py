@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench import device
 from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Timing, interleave
 from vivace.bench.kernels.solver_step import copies
 from vivace.errors import BackendError
-from vivace.kernels.spec import OpSpec, error_of, missing, within_tolerance
+from vivace.kernels.spec import CPU, REFERENCE, OpSpec, error_of, missing, within_tolerance
 
 SEED = 7
 QUICK = {"DiT-S/2 x2": (2, 256, 384), "DiT-XL/2 x2": (2, 256, 1152)}
@@ -60,7 +61,7 @@ def hidden_and_vectors(
 
 def rows(peer: Peer, quick: bool) -> list[dict[str, Any]]:
     """Times of every implementation on the shapes of known models."""
-    if (reason := missing("cpu")) is not None:
+    if not device.present() and (reason := missing(CPU)) is not None:
         raise BackendError(f"bench {peer.spec.name}: {reason}")
     found = []
     with torch.inference_mode():
@@ -71,8 +72,10 @@ def rows(peer: Peer, quick: bool) -> list[dict[str, Any]]:
 
 
 def case_rows(peer: Peer, case: str, shape: tuple[int, int, int], dtype: str, quick: bool) -> list[dict[str, Any]]:
-    """One row a way of computing, checked first, timed together."""
+    """One row a way of computing, checked first, timed together; on the GPU where there is one."""
     inputs = peer.inputs(shape, getattr(torch, dtype))
+    if device.present():
+        return device_rows(peer, case, tuple(tensor.to(device.PLACE) for tensor in inputs), quick)
     told = check(peer, inputs)
     outputs = [torch.zeros_like(inputs[0]) for _ in peer.names]
     named = dict(zip(peer.names, outputs, strict=True))
@@ -92,6 +95,17 @@ def case_rows(peer: Peer, case: str, shape: tuple[int, int, int], dtype: str, qu
     return [describe(peer, name, inputs, times) | told for name in times if name not in ("memcpy", "copy_stream")]
 
 
+def device_rows(peer: Peer, case: str, inputs: tuple[Tensor, ...], quick: bool) -> list[dict[str, Any]]:
+    """The same on the GPU, results allocated by the call."""
+    backend = device.backend(peer.spec)
+    told, ours, first = check(peer, inputs, backend), peer.ours(backend), inputs[0]
+    work = device.Work(
+        peer.spec.name, case, backend, lambda: ours(*inputs), peer.eager, inputs, tuple(first.shape),
+        str(first.dtype)[6:], peer.spec.bytes_moved(*inputs), peer.spec.flops(*inputs), told,
+    )  # fmt: skip
+    return device.rows(work, quick)
+
+
 def describe(peer: Peer, backend: str, inputs: tuple[Tensor, ...], times: dict[str, Timing]) -> dict[str, Any]:
     """One row of the report; ratios above 1 mean faster than the peer, which writes where this one does."""
     ms, traffic = times[backend].median, peer.spec.bytes_moved(*inputs)
@@ -106,18 +120,18 @@ def describe(peer: Peer, backend: str, inputs: tuple[Tensor, ...], times: dict[s
     }  # fmt: skip
 
 
-def check(peer: Peer, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+def check(peer: Peer, inputs: tuple[Tensor, ...], backend: str = CPU) -> dict[str, Any]:
     """Errors against float64 of ours and of the eager peer, first output first. Raises BackendError beyond the rule."""
     name = peer.spec.name
     outputs = [torch.zeros_like(inputs[0]) for _ in peer.names]
-    exact = tensors(peer.ours("reference")(*(tensor.double() for tensor in inputs)))
-    ours, eager = tensors(peer.ours()(*inputs)), tensors(peer.eager(*inputs))
+    exact = tensors(peer.ours(REFERENCE)(*(tensor.double() for tensor in inputs)))
+    ours, eager = tensors(peer.ours(backend)(*inputs)), tensors(peer.eager(*inputs))
     peer.in_place(*inputs, *outputs)
     errors, peers = [], []
     for mine, theirs, there, truth in zip(ours, eager, outputs, exact, strict=True):
         holds, error, bound = within_tolerance(mine, theirs, truth)
         if not holds:
-            raise BackendError(f"bench {name}: error {error:.3g} of cpu exceeds {bound:.3g}; nothing was timed")
+            raise BackendError(f"bench {name}: error {error:.3g} of {backend} exceeds {bound:.3g}; nothing was timed")
         peers.append(error_of(theirs, truth))
         if max(peers[-1], error_of(there, truth)) > 0.05:
             raise BackendError(f"bench {name}: a peer computes something else; nothing was timed")

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench import device
 from vivace.bench.harness import Candidate, Claim, interleave
 from vivace.errors import BackendError
-from vivace.kernels.sample_adjust import sample_adjust
+from vivace.kernels.sample_adjust import SPEC, sample_adjust
 from vivace.kernels.sample_adjust.cost import bytes_moved
 from vivace.kernels.solver_step import Reduction, StepTable, build_table
 from vivace.kernels.solver_step.table import NONE, OUT, RESCALE, THRESHOLD
@@ -52,8 +53,13 @@ class Problem:
         }
         return Problem(kind, pool, (outs[0], outs[1]), build_table([rows[kind]]).to(), torch.arange(BATCH))
 
+    def on(self, place: str) -> Problem:
+        """The same on a device."""
+        cond, uncond = (out.to(place) for out in self.outs)
+        return Problem(self.kind, self.pool.to(place), (cond, uncond), self.table.to(place), self.lanes.to(place))
+
     def run(self, backend: str) -> Tensor:
-        rows = torch.zeros(BATCH, dtype=torch.int64)
+        rows = torch.zeros_like(self.lanes)
         return sample_adjust(self.pool, self.outs, self.table, rows, self.lanes, backend=backend)
 
     def eager(self) -> Tensor:
@@ -67,8 +73,8 @@ class Problem:
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Times of ours, of the definition and of eager torch on the shapes of known models."""
-    if (reason := missing("cpu")) is not None:
+    """Times of ours, of the definition and of eager torch on known models; on the GPU where there is one."""
+    if not device.present() and (reason := missing("cpu")) is not None:
         raise BackendError(f"bench sample_adjust: {reason}")
     found = []
     for name, latent in list(SHAPES.items())[: 1 if quick else None]:
@@ -79,10 +85,12 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 
 def case_rows(case: str, problem: Problem, quick: bool) -> list[dict[str, Any]]:
     """One row a backend, checked first, timed together."""
+    traffic = bytes_moved(problem.pool, problem.outs, problem.table, [0] * BATCH, problem.lanes)
+    if device.present():
+        return device_rows(case, problem.on(device.PLACE), traffic, quick)
     check(problem)
     candidates = {name: Candidate(partial(problem.run, name)) for name in ("cpu", "reference")}
     times = interleave(candidates | {"eager": Candidate(problem.eager)}, seconds=0.5 if quick else 3.0)
-    traffic = bytes_moved(problem.pool, problem.outs, problem.table, [0] * BATCH, problem.lanes)
     return [
         {
             "op": "sample_adjust", "backend": backend, "case": case, "shape": list(problem.outs[0].shape),
@@ -95,10 +103,21 @@ def case_rows(case: str, problem: Problem, quick: bool) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def check(problem: Problem) -> None:
-    """The kernel gives the definition's bits and the eager peer its numbers; raises BackendError otherwise."""
-    exact = problem.run("reference")
-    if not torch.equal(exact, problem.run("cpu")):
-        raise BackendError("bench sample_adjust: cpu differs from the reference; nothing was timed")
+def device_rows(case: str, problem: Problem, traffic: int, quick: bool) -> list[dict[str, Any]]:
+    """The same on the GPU."""
+    backend = device.backend(SPEC)
+    check(problem, backend)
+    work = device.Work(
+        "sample_adjust", case, backend, lambda: problem.run(backend), problem.eager, (),
+        tuple(problem.outs[0].shape), "float32", traffic,
+    )  # fmt: skip
+    return device.rows(work, quick)
+
+
+def check(problem: Problem, backend: str = "cpu") -> None:
+    """The kernel gives the definition's bits, on a GPU its numbers, as the peer does; raises BackendError otherwise."""
+    exact, ours = problem.run("reference"), problem.run(backend)
+    if not (torch.equal(exact, ours) if backend == "cpu" else torch.allclose(exact, ours, rtol=1e-5)):
+        raise BackendError(f"bench sample_adjust: {backend} differs from the reference; nothing was timed")
     if not torch.allclose(exact[:, 2], problem.eager(), rtol=1e-5):
         raise BackendError("bench sample_adjust: the eager peer computes something else; nothing was timed")

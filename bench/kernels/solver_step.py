@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.bench import device
 from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians
 from vivace.errors import BackendError
-from vivace.kernels.solver_step import Output, StepTable, build_table, solver_step
+from vivace.kernels.solver_step import SPEC, Output, StepTable, build_table, solver_step
 from vivace.kernels.solver_step.cost import bytes_moved
 from vivace.kernels.solver_step.table import NONE, OUT
 from vivace.kernels.spec import UNIT_ROUNDOFF, missing
@@ -67,6 +68,13 @@ class Problem:
     def copy(self) -> Problem:
         return Problem(self.pool.clone(), self.outs, self.table, self.rows, self.index)
 
+    def on(self, place: str) -> Problem:
+        """The same on a device."""
+        cond, uncond = (out.to(place) for out in self.outs)
+        return Problem(
+            self.pool.to(place), (cond, uncond), self.table.to(place), self.rows.to(place), self.index.to(place)
+        )
+
 
 @cache
 def unipc3_table() -> StepTable:
@@ -92,8 +100,9 @@ def plain_step(x: Tensor, cond: Tensor, uncond: Tensor, m1: Tensor, m2: Tensor, 
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Times of every implementation on the shapes of known models."""
-    require_extension()
+    """Times of every implementation on the shapes of known models; on the GPU where there is one."""
+    if not device.present():
+        require_extension()
     found = []
     shapes = {"SDXL": SHAPES["SDXL"]} if quick else SHAPES
     for name, latent in shapes.items():
@@ -106,6 +115,8 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 def case_rows(case: str, shape: tuple[int, ...], dtype: str, quick: bool) -> list[dict[str, Any]]:
     """One row a backend, checked first, timed together."""
     problem = Problem.of(shape, dtype)
+    if device.present():
+        return device_rows(case, problem.on(device.PLACE), dtype, quick)
     check(problem)
     candidates = {"cpu": Candidate(lambda: problem.run("cpu")), **copies(problem.bytes)}
     reference, eager = problem.copy(), problem.copy()
@@ -122,6 +133,18 @@ def case_rows(case: str, shape: tuple[int, ...], dtype: str, quick: bool) -> lis
         for name in ("cpu", "reference", "eager", "torch.compile")
         if name in times
     ]
+
+
+def device_rows(case: str, problem: Problem, dtype: str, quick: bool) -> list[dict[str, Any]]:
+    """The same on the GPU."""
+    backend = device.backend(SPEC)
+    check(problem, backend)
+    inputs = (problem.pool[X], *problem.outs, *problem.pool[M1:])
+    work = device.Work(
+        "solver_step", case, backend, lambda: problem.run(backend), plain_step, inputs,
+        tuple(problem.pool.shape[1:]), dtype, problem.bytes,
+    )  # fmt: skip
+    return device.rows(work, quick)
 
 
 def describe(
@@ -146,18 +169,26 @@ def describe(
     }  # fmt: skip
 
 
-def check(problem: Problem) -> None:
-    """The kernel gives the reference's bits and the eager peer its numbers; raises BackendError otherwise."""
+def check(problem: Problem, backend: str = "cpu") -> None:
+    """The kernel gives the reference's bits and the eager peer its numbers; raises BackendError otherwise.
+
+    On a GPU the reference fuses products and sums as torch does there, so its numbers are compared.
+    """
     exact, kernel, eager = problem.copy(), problem.copy(), problem.copy()
     exact.run("reference")
-    kernel.run("cpu")
-    if not torch.equal(exact.pool, kernel.pool):
-        raise BackendError("bench solver_step: cpu differs from the reference; nothing was timed")
+    kernel.run(backend)
+    same = torch.equal(exact.pool, kernel.pool) if backend == "cpu" else near(exact.pool, kernel.pool)
+    if not same:
+        raise BackendError(f"bench solver_step: {backend} differs from the reference; nothing was timed")
     m0 = torch.zeros_like(eager.pool[0])
     eager_step(eager, m0)
-    for ours, theirs in ((exact.pool[X], eager.pool[X]), (exact.pool[M3], m0)):
-        if not (ours - theirs).abs().max() <= 16 * UNIT_ROUNDOFF["float32"] * ours.abs().max():
-            raise BackendError("bench solver_step: the eager peer computes something else; nothing was timed")
+    if not near(exact.pool[X], eager.pool[X]) or not near(exact.pool[M3], m0):
+        raise BackendError("bench solver_step: the eager peer computes something else; nothing was timed")
+
+
+def near(ours: Tensor, theirs: Tensor) -> bool:
+    """Within some roundings of float32."""
+    return bool((ours - theirs).abs().max() <= 16 * UNIT_ROUNDOFF["float32"] * ours.abs().max())
 
 
 def require_extension() -> None:

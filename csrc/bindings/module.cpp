@@ -1,4 +1,4 @@
-// Python's view of the kernels: integers and addresses in, ValueError out. The only file with Python headers.
+// Python's view of the kernels: integers and addresses in, ValueError out. Only this folder sees Python headers.
 // Addresses come from vivace.kernels, which has checked tensors; every number that indexes memory is checked here
 // again.
 #include <pybind11/pybind11.h>
@@ -9,11 +9,14 @@
 #include <string>
 #include <vector>
 
+#include "bindings/dit.h"
 #include "core/error.h"
 #include "core/machine.h"
 #include "ops/adaln_modulate.h"
+#include "ops/attention.h"
 #include "ops/copy.h"
 #include "ops/gelu.h"
+#include "ops/int8_linear.h"
 #include "ops/philox_normal.h"
 #include "ops/qk_norm_rope.h"
 #include "ops/sample_adjust.h"
@@ -196,6 +199,76 @@ void py_gelu(const RowTensor& out, const RowTensor& hidden, const RowTensor& gat
   gelu({hidden, gate, out, {sizes[0], sizes[1], sizes[2]}, tanh}, threads);
 }
 
+// A packed weight: address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8.
+using PackedNumbers = std::array<int64_t, 5>;
+
+PackedMatrix packed(const PackedNumbers& n) {
+  const PackedMatrix matrix{pointer<void>(n[0]), n[2], n[3], static_cast<Dtype>(n[4])};
+  const int64_t needed = packed_bytes(matrix.columns, matrix.depth, matrix.dtype);
+  if (n[1] < needed) fail("a packed weight has ", n[1], " bytes, needs ", needed);
+  if (n[0] % 64 != 0) fail("a packed weight lies at ", n[0], ", needs a multiple of 64");
+  return matrix;
+}
+
+void py_pack_matrix(const PackedNumbers& to, Address src, int64_t row_stride, int64_t threads) {
+  const PackedMatrix matrix = packed(to);
+  const py::gil_scoped_release unlocked;
+  pack_matrix(pointer<void>(to[0]), pointer<void>(src), matrix.columns, matrix.depth, row_stride, matrix.dtype,
+              threads);
+}
+
+Activation parse_activation(const char* op, int64_t code) {
+  if (code != static_cast<int32_t>(code)) fail(op, ": activation ", code, " is unknown");
+  return static_cast<Activation>(code);
+}
+
+void py_linear(const RowTensor& out, const RowTensor& x, const PackedNumbers& weight, Address bias, int64_t activation,
+               const RowTensor& gate, const RowTensor& residual, const Sizes& sizes, int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  linear({x,
+          packed(weight),
+          pointer<float>(bias),
+          parse_activation("linear", activation),
+          gate,
+          residual,
+          out,
+          {sizes[0], sizes[1], sizes[2]}},
+         threads);
+}
+
+// x: address, strides of sample and token; x_scale, weight_scale: addresses.
+void py_int8_linear(const RowTensor& out, const std::array<int64_t, 3>& x, Address x_scale, const PackedNumbers& weight,
+                    Address weight_scale, Address bias, int64_t activation, const RowTensor& gate,
+                    const RowTensor& residual, const Sizes& sizes, int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  int8_linear({{pointer<void>(x[0]), Dtype::kInt8, x[1], x[2]},
+               pointer<float>(x_scale),
+               packed(weight),
+               pointer<float>(weight_scale),
+               pointer<float>(bias),
+               parse_activation("int8_linear", activation),
+               gate,
+               residual,
+               out,
+               {sizes[0], sizes[1], sizes[2]}},
+              threads);
+}
+
+// Heads: (address, strides of sample, token, head).
+using HeadNumbers = std::array<int64_t, 4>;
+
+HeadTensor heads(const HeadNumbers& n) { return {pointer<void>(n[0]), n[1], n[2], n[3]}; }
+
+// Sizes: batch, heads, queries, keys, width.
+void py_attention(const HeadNumbers& out, const HeadNumbers& query, const HeadNumbers& key, const HeadNumbers& value,
+                  const std::array<int64_t, 5>& sizes, int64_t dtype, float scale, int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  if (dtype != static_cast<int32_t>(dtype)) fail("attention: there are no heads of dtype ", dtype);
+  attention({heads(query), heads(key), heads(value), heads(out), static_cast<Dtype>(dtype), sizes[0], sizes[1],
+             sizes[2], sizes[3], sizes[4], scale},
+            threads);
+}
+
 // x and out (address, strides of sample, token, head), weight and bias (address or 0, dtype, size), tokens, heads.
 using SideNumbers = std::array<int64_t, 16>;
 // cos and sin (address, strides of sample, row), first turned token, number of them.
@@ -254,10 +327,21 @@ PYBIND11_MODULE(_C, module) {
   module.def("philox_normal", &py_philox_normal, py::arg("out"), py::arg("numel"), py::arg("seeds"),
              py::arg("pictures"), py::arg("draw"), py::arg("threads"));
   // Positional: names would cost more than the rest of a call.
+  module.def("attention", &py_attention);
   module.def("gated_residual", &py_gated_residual);
   module.def("norm_modulate", &py_norm_modulate);
   module.def("adaln_modulate", &py_adaln_modulate);
   module.def("gelu", &py_gelu);
+  module.def("int8_linear", &py_int8_linear);
+  module.def("linear", &py_linear);
+  module.def("run_products", [](int64_t dtype, int64_t steps, int64_t threads) {
+    const py::gil_scoped_release unlocked;
+    return run_products(static_cast<Dtype>(dtype), steps, threads);
+  });
+  module.def("packed_bytes", [](int64_t columns, int64_t depth, int64_t dtype) {
+    return packed_bytes(columns, depth, static_cast<Dtype>(dtype));
+  });
+  module.def("pack_matrix", &py_pack_matrix);
   module.def("qk_norm_rope", &py_qk_norm_rope);
   const auto copy = [](auto function) {
     return [function](Address dst, Address src, int64_t bytes, int64_t threads) {
@@ -267,4 +351,5 @@ PYBIND11_MODULE(_C, module) {
   };
   module.def("copy_memcpy", copy(&copy_memcpy), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
   module.def("copy_stream", copy(&copy_stream), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
+  bind_dit(module);
 }

@@ -10,6 +10,9 @@
 #include <thread>
 
 #include "core/machine.h"
+#include "core/placement.h"
+#include "core/spin.h"
+#include "core/team.h"
 
 namespace vivace {
 namespace {
@@ -18,53 +21,33 @@ namespace {
 // one thread / two, data in cache where it fits: 2 MiB 22 / 36, 8 MiB 73 / 78, 16 MiB 135 / 121, 32 MiB 409 / 271.
 constexpr int64_t kOneThreadBytes = int64_t{16} << 20;
 
-// Every thread has a range of its own, the same one every call: what it wrote last time is in its cache. Who is done
-// takes tasks from the others' ranges, so a busy core delays nobody.
-struct Job {
-  static constexpr int kMaxRanges = 64;
-  struct alignas(64) Range {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-
-  Job(int threads, int64_t count, void (*task)(const void*, int64_t), const void* context)
-      : task(task), context(context), ranges(threads) {
-    for (int r = 0; r < ranges; ++r) {
-      range[r].next.store(count * r / ranges, std::memory_order_relaxed);
-      range[r].end = count * (r + 1) / ranges;
-    }
-  }
-
-  void work(int first) {
-    for (int r = first; r < first + ranges; ++r) {
-      Range& own = range[r % ranges];
-      for (int64_t i; (i = own.next.fetch_add(1, std::memory_order_relaxed)) < own.end;) task(context, i);
-    }
-  }
-
-  void (*task)(const void*, int64_t);
-  const void* context;
-  int ranges;
-  Range range[kMaxRanges];
+struct Call {
+  void (*work)(void*, int);
+  void* context;
+  Processors place;  // where helpers run; none: where they are
 };
 
 class ThreadPool {
  public:
-  void run(Job& job, int helpers) {
-    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy.owns_lock()) return job.work(0);
+  void run(const Call& call, int members) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return call.work(call.context, 0);
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      start(helpers);
-      job_ = &job;
-      wanted_ = helpers;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      start(members - 1);
+      call_ = call;
+      for (int member = 1; member < members; ++member) called_[member] = true;
     }
-    for (int i = 0; i < helpers; ++i) wake_.notify_one();
-    job.work(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // who has not woken by now is not waited for
-    idle_.wait(lock, [this] { return active_ == 0; });
-    job_ = nullptr;
+    for (int member = 1; member < members; ++member) wake_[member].notify_one();
+    call.work(call.context, 0);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      std::fill(called_, called_ + members, false);  // who has not woken by now is not waited for
+    }
+    if (!spin_until([this] { return active_.load(std::memory_order_acquire) == 0; })) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      idle_.wait(lock, [this] { return active_ == 0; });
+    }
+    busy_.store(false, std::memory_order_release);
   }
 
  private:
@@ -75,25 +58,29 @@ class ThreadPool {
     }
   }
 
-  void serve(int number) {
+  void serve(int member) {
+    Processors place;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [this] { return wanted_ > 0; });
-      --wanted_;
-      ++active_;
-      Job* job = job_;
+      wake_[member].wait(lock, [&] { return called_[member]; });
+      called_[member] = false;
+      active_.fetch_add(1, std::memory_order_relaxed);
+      const Call call = call_;
       lock.unlock();
-      job->work(number % job->ranges);
+      if (call.place.any() && call.place != place) move_to(place = call.place);
+      call.work(call.context, member);
       lock.lock();
-      if (--active_ == 0) idle_.notify_one();
+      if (active_.fetch_sub(1, std::memory_order_release) == 1) idle_.notify_one();
     }
   }
 
-  std::mutex busy_;  // held by the caller whose job runs
+  std::atomic<bool> busy_{false};  // a caller's work runs
   std::mutex mutex_;
-  std::condition_variable wake_, idle_;
-  Job* job_ = nullptr;
-  int wanted_ = 0, active_ = 0, started_ = 0;
+  std::condition_variable wake_[kMostThreads], idle_;
+  Call call_{};
+  bool called_[kMostThreads] = {};
+  std::atomic<int> active_{0};  // changed under the mutex
+  int started_ = 0;
 };
 
 // Never destroyed: detached threads may outlive static destructors. A forked child has none of the threads and perhaps
@@ -113,11 +100,17 @@ ThreadPool& pool() {
 
 }  // namespace
 
+void on_threads(int members, void (*work)(void*, int), void* context) {
+  members = std::min(members, kMostThreads);
+  if (members <= 1) return work(context, 0);
+  pool().run({work, context, place_for(members)}, members);
+}
+
 void parallel_for(int threads, int64_t count, void (*task)(const void*, int64_t), const void* context) {
-  const int workers = static_cast<int>(std::min<int64_t>({threads, count, Job::kMaxRanges}));
-  if (workers > 1) {
-    Job job(workers, count, task, context);
-    pool().run(job, workers - 1);
+  const auto members = static_cast<int>(std::min<int64_t>(threads, count));
+  if (members > 1) {
+    Team team(members);
+    team.run([&](Member& member) { member.stage(count, [&](int64_t i) { task(context, i); }); });
   } else {
     for (int64_t i = 0; i < count; ++i) task(context, i);
   }

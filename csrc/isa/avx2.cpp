@@ -2,7 +2,10 @@
 #define VV_ISA VV_AVX2
 #include "simd/vec.h"
 #include "ops/adaln_modulate.h"
+#include "ops/attention.h"
 #include "ops/gelu.h"
+#include "ops/int8_linear.h"
+#include "ops/linear.h"
 #include "ops/philox_normal.h"
 #include "ops/qk_norm_rope.h"
 #include "ops/sample_adjust.h"
@@ -15,6 +18,10 @@
 #include "ops/adaln_modulate.inl"
 #include "ops/copy.inl"
 #include "ops/gelu.inl"
+#include "ops/gemm.inl"
+#include "ops/attention.inl"
+#include "ops/linear.inl"
+#include "ops/int8_linear.inl"
 #include "ops/philox_normal.inl"
 #include "ops/qk_norm_rope.inl"
 #include "ops/sample_adjust.inl"
@@ -33,6 +40,10 @@ extern const Kernels kKernels = {"avx2",
                                  gated_residual_rows,
                                  adaln_modulate_rows,
                                  gelu_rows,
-                                 qk_norm_rope_tokens};
+                                 qk_norm_rope_tokens,
+                                 linear_task,
+                                 int8_linear_task,
+                                 products,
+                                 attention_rows};
 
 }  // namespace vivace::VV_NAMESPACE

@@ -9,7 +9,7 @@ static void adaln_rows(const AdalnModulateArgs& args, int64_t sample, int64_t be
   for (int64_t token = begin; token < end; ++token) {
     residual_row<T>(args.residual, sample, token, gate.at(sample, token));
     const T* next = token + 1 < end ? row_of<const T>(args.residual.update, sample, token + 1) : nullptr;
-    norm_row_of<kCentred>(args.norm, sample, token, next, modulation);
+    norm_row_of<kCentred, T, T>(args.norm, sample, token, next, modulation);
   }
 }
 

@@ -1,7 +1,8 @@
 // out = (norm(hidden) * weight + bias) * (1 + scale) + shift over rows, in float32.
 //
 // The bits are those of this order, on every instruction set: sums as in norm_modulate.inl; what multiplies a row,
-// a = weight * (1 + scale), and what is added, c = bias * (1 + scale) + shift, made once; out = norm * a + c.
+// a = weight * (1 + scale), and what is added, c = bias * (1 + scale) + shift, made once; out = norm * a + c, rounded
+// to the dtype of out: that of hidden, whose memory it may share, or bfloat16.
 #pragma once
 
 #include "ops/rows.h"
@@ -9,7 +10,7 @@
 namespace vivace {
 
 struct NormModulateArgs {
-  RowTensor hidden, scale, shift, weight, bias, out;  // out may be hidden; the four between them may be absent
+  RowTensor hidden, scale, shift, weight, bias, out;  // the four in the middle may be absent
   RowShape shape;
   bool centred;  // layer norm: the mean is taken off; else RMS norm
   double eps;

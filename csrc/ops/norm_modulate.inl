@@ -85,8 +85,9 @@ VV_INLINE RowNorm norm_of(const T* x, const T* next, int64_t width, double eps) 
   return {mean, static_cast<float>(rest), static_cast<float>(1.0 / __builtin_sqrt(positive + eps))};
 }
 
-template <bool kCentred, typename T>
-VV_INLINE void norm_row(const T* x, const T* next, T* out, const float* a, const float* c, int64_t width, double eps) {
+template <bool kCentred, typename T, typename Out>
+VV_INLINE void norm_row(const T* x, const T* next, Out* out, const float* a, const float* c, int64_t width,
+                        double eps) {
   const RowNorm norm = norm_of<kCentred>(x, next, width, eps);
   const F mean = set1(norm.mean), rest = set1(norm.rest), gain = set1(norm.gain);
   const auto normal = [&](F v) { return (kCentred ? (v - mean) - rest : v) * gain; };
@@ -139,33 +140,38 @@ class Modulation {
   bool given_, by_token_, made_ = false;
 };
 
-template <bool kCentred, typename T>
+template <bool kCentred, typename T, typename Out>
 VV_INLINE void norm_row_of(const NormModulateArgs& args, int64_t sample, int64_t token, const T* next,
                            Modulation& modulation) {
   modulation.move_to(sample, token);
-  norm_row<kCentred>(row_of<const T>(args.hidden, sample, token), next, row_of<T>(args.out, sample, token),
+  norm_row<kCentred>(row_of<const T>(args.hidden, sample, token), next, row_of<Out>(args.out, sample, token),
                      modulation.a(), modulation.c(), args.shape.width, args.eps);
 }
 
-template <bool kCentred, typename T>
+template <bool kCentred, typename T, typename Out>
 static void norm_rows(const NormModulateArgs& args, int64_t sample, int64_t begin, int64_t end, float* scratch) {
   Modulation modulation(args, scratch);
   for (int64_t token = begin; token < end; ++token) {
     const T* next = token + 1 < end ? row_of<const T>(args.hidden, sample, token + 1) : nullptr;
-    norm_row_of<kCentred>(args, sample, token, next, modulation);
+    norm_row_of<kCentred, T, Out>(args, sample, token, next, modulation);
+  }
+}
+
+template <bool kCentred>
+static void norm_rows_of(const NormModulateArgs& args, int64_t sample, int64_t begin, int64_t end, float* scratch) {
+  if (args.hidden.dtype == Dtype::kBfloat16) {
+    norm_rows<kCentred, uint16_t, uint16_t>(args, sample, begin, end, scratch);
+  } else if (args.out.dtype == Dtype::kBfloat16) {
+    norm_rows<kCentred, float, uint16_t>(args, sample, begin, end, scratch);
+  } else {
+    norm_rows<kCentred, float, float>(args, sample, begin, end, scratch);
   }
 }
 
 static void norm_modulate_rows(const void* call, int64_t sample, int64_t begin, int64_t end, float* scratch) {
   const auto& args = *static_cast<const NormModulateArgs*>(call);
-  const bool wide = args.hidden.dtype == Dtype::kFloat32;
-  if (args.centred) {
-    wide ? norm_rows<true, float>(args, sample, begin, end, scratch)
-         : norm_rows<true, uint16_t>(args, sample, begin, end, scratch);
-  } else {
-    wide ? norm_rows<false, float>(args, sample, begin, end, scratch)
-         : norm_rows<false, uint16_t>(args, sample, begin, end, scratch);
-  }
+  args.centred ? norm_rows_of<true>(args, sample, begin, end, scratch)
+               : norm_rows_of<false>(args, sample, begin, end, scratch);
 }
 
 }  // namespace vivace::VV_NAMESPACE

@@ -3,9 +3,15 @@
 
 #include <stdint.h>
 
+#include "core/dtype.h"
+
 namespace vivace {
 
+struct AttentionArgs;
+struct AttentionBlocks;
+struct Int8LinearArgs;
 struct KeyCounts;
+struct LinearArgs;
 struct Moments;
 struct QkNormRopeArgs;
 struct QkSide;
@@ -32,6 +38,14 @@ struct Kernels {
   // Tokens [begin, end) of one sample of one side.
   void (*qk_norm_rope_tokens)(const QkNormRopeArgs& args, const QkSide& side, const QkVectors& vectors, int64_t sample,
                               int64_t begin, int64_t end);
+  // One task, see ops/linear.h.
+  void (*linear_task)(const LinearArgs& args, int64_t task, float* scratch);
+  void (*int8_linear_task)(const Int8LinearArgs& args, int64_t task, float* scratch);
+  // The roofline of products, see ops/gemm.h.
+  void (*products)(Dtype dtype);
+  // Queries [begin, end) of one head of one sample; scratch at a multiple of 64 bytes.
+  void (*attention_rows)(const AttentionArgs& args, const AttentionBlocks& blocks, int64_t sample, int64_t head,
+                         int64_t begin, int64_t end, float* scratch);
 };
 
 namespace scalar {
@@ -41,6 +55,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
 

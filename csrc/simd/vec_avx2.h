@@ -1,4 +1,4 @@
-// Eight lanes: AVX2 and F16C. No FMA on purpose: products and sums are rounded separately.
+// Eight lanes: AVX2 and F16C; FMA only where fma() asks for it.
 #pragma once
 
 #include <immintrin.h>
@@ -21,14 +21,21 @@ VV_INLINE F from_bits(U a) { return {_mm256_castsi256_ps(a.x)}; }
 VV_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.x, b.x)}; }
 VV_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.x, b.x)}; }
 VV_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.x, b.x)}; }
+VV_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 // Sum of the lanes in a tree: lane l and lane l + half of what is left are added, half = kLanes / 2, ..., 1.
 VV_INLINE float sum_lanes(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+VV_INLINE float max_lanes(F a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 VV_INLINE F operator/(F a, F b) { return {_mm256_div_ps(a.x, b.x)}; }
 VV_INLINE F sqrt(F a) { return {_mm256_sqrt_ps(a.x)}; }
+VV_INLINE F max(F a, F b) { return {_mm256_max_ps(a.x, b.x)}; }
 VV_INLINE F clamp(F y, F low, F high) { return {_mm256_min_ps(high.x, _mm256_max_ps(low.x, y.x))}; }
 
 VV_INLINE U operator+(U a, U b) { return {_mm256_add_epi32(a.x, b.x)}; }
@@ -72,6 +79,25 @@ VV_INLINE void swap_pairs16(F v[16 / kLanes]) {
   v[1] = {_mm256_permute_ps(v[1].x, 0xb1)};
 }
 
+VV_INLINE void transpose(F v[8]) {
+  __m256d two[8];
+  for (int i = 0; i < 8; i += 2) {
+    two[i] = _mm256_castps_pd(_mm256_unpacklo_ps(v[i].x, v[i + 1].x));
+    two[i + 1] = _mm256_castps_pd(_mm256_unpackhi_ps(v[i].x, v[i + 1].x));
+  }
+  __m256 four[8];  // [4 q + c]: rows 4 q .. 4 q + 3 of columns c, 4 + c
+  for (int i = 0; i < 8; i += 4) {
+    four[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(two[i], two[i + 2]));
+    four[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(two[i], two[i + 2]));
+    four[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(two[i + 1], two[i + 3]));
+    four[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(two[i + 1], two[i + 3]));
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = {_mm256_permute2f128_ps(four[c], four[4 + c], 0x20)};
+    v[4 + c] = {_mm256_permute2f128_ps(four[c], four[4 + c], 0x31)};
+  }
+}
+
 VV_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
 VV_INLINE __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 VV_INLINE F load_bf16(const uint16_t* p) {
@@ -95,6 +121,7 @@ VV_INLINE void stream_half(uint16_t* p, __m128i x) { _mm_stream_si128(reinterpre
 VV_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.x); }
 VV_INLINE void stream(float* p, F a) { _mm256_stream_ps(p, a.x); }
 VV_INLINE void store_bf16(uint16_t* p, F a) { store_half(p, to_bf16(a)); }
+VV_INLINE U load_words(const uint16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) {
   const U both = {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   even = from_bits(shift_left<16>(both));

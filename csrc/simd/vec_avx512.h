@@ -1,9 +1,10 @@
-// Sixteen lanes: AVX-512F alone. vcvtneps2bf16 is not used: it flushes subnormals, the other sets do not.
+// Sixteen lanes: AVX-512F alone, for both sets that have it. vcvtneps2bf16 is not used: it flushes subnormals, the
+// other sets do not.
 #pragma once
 
 #include <immintrin.h>
 
-namespace vivace::avx512 {
+namespace vivace::VV_NAMESPACE {
 
 constexpr int kLanes = 16;
 struct F {
@@ -21,6 +22,7 @@ VV_INLINE F from_bits(U a) { return {_mm512_castsi512_ps(a.x)}; }
 VV_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.x, b.x)}; }
 VV_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.x, b.x)}; }
 VV_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.x, b.x)}; }
+VV_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 // Sum of the lanes in a tree: lane l and lane l + half of what is left are added, half = kLanes / 2, ..., 1.
 VV_INLINE float sum_lanes(F a) {
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.x), 1));
@@ -29,8 +31,10 @@ VV_INLINE float sum_lanes(F a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+VV_INLINE float max_lanes(F a) { return _mm512_reduce_max_ps(a.x); }
 VV_INLINE F operator/(F a, F b) { return {_mm512_div_ps(a.x, b.x)}; }
 VV_INLINE F sqrt(F a) { return {_mm512_sqrt_ps(a.x)}; }
+VV_INLINE F max(F a, F b) { return {_mm512_max_ps(a.x, b.x)}; }
 VV_INLINE F clamp(F y, F low, F high) { return {_mm512_min_ps(high.x, _mm512_max_ps(low.x, y.x))}; }
 
 VV_INLINE U operator+(U a, U b) { return {_mm512_add_epi32(a.x, b.x)}; }
@@ -65,6 +69,31 @@ VV_INLINE F select_odd(U odd, F a, F b) {
 
 VV_INLINE void swap_pairs16(F v[16 / kLanes]) { v[0] = {_mm512_permute_ps(v[0].x, 0xb1)}; }
 
+VV_INLINE void transpose(F v[16]) {
+  __m512d two[16];
+  for (int i = 0; i < 16; i += 2) {
+    two[i] = _mm512_castps_pd(_mm512_unpacklo_ps(v[i].x, v[i + 1].x));
+    two[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(v[i].x, v[i + 1].x));
+  }
+  __m512 four[16];  // [4 q + c]: rows 4 q .. 4 q + 3 of columns c, 4 + c, 8 + c, 12 + c
+  for (int i = 0; i < 16; i += 4) {
+    four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(two[i], two[i + 2]));
+    four[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(two[i], two[i + 2]));
+    four[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(two[i + 1], two[i + 3]));
+    four[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(two[i + 1], two[i + 3]));
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(four[c], four[4 + c], 0x88);
+    const __m512 even1 = _mm512_shuffle_f32x4(four[8 + c], four[12 + c], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(four[c], four[4 + c], 0xdd);
+    const __m512 odd1 = _mm512_shuffle_f32x4(four[8 + c], four[12 + c], 0xdd);
+    v[c] = {_mm512_shuffle_f32x4(even0, even1, 0x88)};
+    v[4 + c] = {_mm512_shuffle_f32x4(odd0, odd1, 0x88)};
+    v[8 + c] = {_mm512_shuffle_f32x4(even0, even1, 0xdd)};
+    v[12 + c] = {_mm512_shuffle_f32x4(odd0, odd1, 0xdd)};
+  }
+}
+
 VV_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 VV_INLINE __m256i load_half(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 VV_INLINE F load_bf16(const uint16_t* p) {
@@ -86,6 +115,7 @@ VV_INLINE void stream_half(uint16_t* p, __m256i x) { _mm256_stream_si256(reinter
 VV_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.x); }
 VV_INLINE void stream(float* p, F a) { _mm512_stream_ps(p, a.x); }
 VV_INLINE void store_bf16(uint16_t* p, F a) { store_half(p, to_bf16(a)); }
+VV_INLINE U load_words(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
 VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) {
   const U both = {_mm512_loadu_si512(p)};
   even = from_bits(shift_left<16>(both));
@@ -117,4 +147,4 @@ VV_INLINE void interleave4(F& a, F& b, F& c, F& d) {
   d = {_mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1))};
 }
 
-}  // namespace vivace::avx512
+}  // namespace vivace::VV_NAMESPACE

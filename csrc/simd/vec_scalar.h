@@ -27,9 +27,15 @@ VV_INLINE F from_bits(U a) {
 VV_INLINE F operator+(F a, F b) { return {a.x + b.x}; }
 VV_INLINE F operator-(F a, F b) { return {a.x - b.x}; }
 VV_INLINE F operator*(F a, F b) { return {a.x * b.x}; }
+// a * b + c, rounded once.
+VV_INLINE F fma(F a, F b, F c) { return {__builtin_fmaf(a.x, b.x, c.x)}; }
 VV_INLINE float sum_lanes(F a) { return a.x; }
+// A NaN may be left out.
+VV_INLINE float max_lanes(F a) { return a.x; }
 VV_INLINE F operator/(F a, F b) { return {a.x / b.x}; }
 VV_INLINE F sqrt(F a) { return {__builtin_sqrtf(a.x)}; }
+// b where one is a NaN.
+VV_INLINE F max(F a, F b) { return {a.x > b.x ? a.x : b.x}; }
 // y limited to [low, high]; a NaN passes through, as x86 min and max return their second operand then.
 VV_INLINE F clamp(F y, F low, F high) {
   F t = {low.x > y.x ? low.x : y.x};
@@ -73,6 +79,9 @@ VV_INLINE void swap_pairs16(F v[16 / kLanes]) {
   }
 }
 
+// Rows to columns of a square of kLanes x kLanes.
+VV_INLINE void transpose(F*) {}
+
 VV_INLINE F load(const float* p) { return {*p}; }
 VV_INLINE F load_bf16(const uint16_t* p) { return from_bits({static_cast<uint32_t>(*p) << 16}); }
 VV_INLINE F load_f16(const uint16_t* p) {
@@ -90,6 +99,12 @@ VV_INLINE void store_bf16(uint16_t* p, F a) {
   const uint32_t x = bits(a).x;
   const bool nan = (x & 0x7fffffffu) > 0x7f800000u;
   *p = static_cast<uint16_t>(nan ? (x >> 16) | 0x40u : (x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
+}
+// Two neighbours a lane, the first in the lower half.
+VV_INLINE U load_words(const uint16_t* p) {
+  U r;
+  memcpy(&r, p, 4);
+  return r;
 }
 // Elements 2i and 2i + 1 of 2 kLanes, in one vector each: cheaper where their order does not matter. A NaN to be stored
 // must have come from bfloat16 or from hardware: its lower half is 0, and rounding does not reach its sign.

@@ -117,13 +117,13 @@ def make_executor(backend: str, denoiser: Denoiser, *, hoist: bool = True) -> Ex
 def _compiled(backend: str, denoiser: Denoiser, hoist: bool) -> Executor:
     """The executor of that name. Raises UnsupportedError, with the reason, when it cannot run this model here."""
     from vivace.engine.executors.cpu import CpuExecutor
+    from vivace.engine.executors.cuda_graph import CudaGraphExecutor
 
     home = next((device for device, name in COMPILED.items() if name == backend), None)
     if home != denoiser.device.type:
         raise UnsupportedError(f"it runs models on {home}, this one is on {denoiser.device.type}")
-    if backend == "cpu":
-        return CpuExecutor(denoiser, denoiser.compiler(), hoist=hoist)
-    raise UnsupportedError("no CUDA graphs yet")
+    compiler: Any = denoiser.compiler()  # of the kind that the device takes
+    return (CpuExecutor if backend == "cpu" else CudaGraphExecutor)(denoiser, compiler, hoist=hoist)
 
 
 def _either(names: Sequence[str]) -> str:

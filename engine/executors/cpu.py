@@ -5,7 +5,6 @@ What a network is compiled to is the model's business (`engine.compiled`): for t
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ from vivace.engine.compiled import Bucket, Compiler, Evaluation, Hoisted, Networ
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Group
 from vivace.engine.executors.eager import check_whole
+from vivace.engine.executors.hoists import Kept
 from vivace.engine.executors.steps import finish_rows, step_kernels
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
@@ -28,13 +28,12 @@ class CpuExecutor:
     """Compiled networks by (variant, bucket). `compiles` counts them; numbers of a plan never make one."""
 
     name = "cpu"
-    kept_hoists = 16  # results of `hoist` kept for requests with the same plan and condition
 
     def __init__(self, denoiser: Denoiser, compiler: Compiler, *, hoist: bool = True) -> None:
-        self.denoiser, self.compiler, self.hoisting = denoiser, compiler, hoist
+        self.denoiser, self.compiler = denoiser, compiler
         self.one_by_one: str | None = None
         self.networks: dict[tuple[Hashable, Bucket], Network] = {}
-        self._hoists: OrderedDict[Hashable, Hoisted] = OrderedDict()
+        self._hoists = Kept(compiler, hoist)
         self._bucket = lru_cache(256)(lambda shape, samples: bucket_of(denoiser.spec.tokens(shape), samples))
 
     @property
@@ -55,11 +54,7 @@ class CpuExecutor:
             self._network(variant, shape, samples)
 
     def hoist(self, plan: Plan, condition: Any) -> Hoisted | None:
-        if not self.hoisting:
-            return None
-        timesteps = tuple(step.timestep for step in plan.steps)
-        branches = tuple(dict.fromkeys(branch for variant in plan.variants for branch in variant.branches))
-        return self._hoisted(timesteps, branches, condition)
+        return self._hoists.of_plan(plan, condition)
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
         outs: tuple[Tensor, ...] = ()
@@ -74,7 +69,7 @@ class CpuExecutor:
         self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
     ) -> tuple[Tensor, ...]:
         lanes, times = tuple(range(len(x))), tuple(timesteps)
-        hoisted = tuple(self._hoisted(times, variant.branches, c) if self.hoisting else None for c in conditions)
+        hoisted = tuple(self._hoists.of_rows(times, variant.branches, condition) for condition in conditions)
         return self._run(Evaluation(x, lanes, lanes, times, tuple(conditions), hoisted), variant, tuple(x.shape[1:]))
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
@@ -89,7 +84,7 @@ class CpuExecutor:
         network = self._network(variant, shape, len(call.lanes))
         if self.one_by_one is None:
             return network.run(call)
-        single = [[out.clone() for out in network.run(_sample(call, n))] for n in range(len(call.lanes))]
+        single = [[out.clone() for out in network.run(call.sample(n))] for n in range(len(call.lanes))]
         return tuple(torch.cat(branch) for branch in zip(*single, strict=True))
 
     def _network(self, variant: Variant, shape: tuple[int, ...], samples: int) -> Network:
@@ -99,23 +94,3 @@ class CpuExecutor:
         if network is None:
             network = self.networks[key] = self.compiler.compile(variant, bucket, shape)
         return network
-
-    def _hoisted(self, timesteps: tuple[float, ...], branches: tuple[str, ...], condition: Any) -> Hoisted | None:
-        key = (timesteps, branches, condition) if isinstance(condition, Hashable) else None
-        if key is None or key not in self._hoists:
-            made = self.compiler.hoist(timesteps, branches, condition)
-            if key is None or made is None:
-                return made
-            self._hoists[key] = made
-            if len(self._hoists) > self.kept_hoists:
-                self._hoists.popitem(last=False)
-        self._hoists.move_to_end(key)
-        return self._hoists[key]
-
-
-def _sample(call: Evaluation, n: int) -> Evaluation:
-    """The evaluation of sample n alone."""
-    part = slice(n, n + 1)
-    return Evaluation(
-        call.x, call.lanes[part], call.rows[part], call.timesteps[part], call.conditions[part], call.hoisted[part]
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vivace.kernels.norm_modulate.check import as_rows, check_hidden, check_like, check_norm
+from vivace.kernels.norm_modulate.check import as_rows, check_hidden, check_norm, check_out
 from vivace.kernels.spec import choose, define, load
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def norm_modulate(
         scale, shift: [D], [B, D] or [B, N, D], with 1 for B or N where they are shared; float32 or hidden's dtype.
         weight, bias: [D], float32 or hidden's dtype.
         kind: "layer" | "rms"; eps: added to the mean of squares, 0 or more.
-        out: written when given, shape and dtype of hidden; may be hidden.
+        out: written when given, shape and dtype of hidden, or bfloat16 beside float32; may be hidden.
         backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
-    Returns: [B, N, D], dtype of hidden. No gradients.
+    Returns: [B, N, D], out or a new tensor of the dtype of hidden. No gradients.
     Raises: ShapeError, DtypeError, ArgumentError, BackendError.
     Source: Peebles and Xie 2023, section 3.2 (adaLN); Ba et al. 2016; Zhang and Sennrich 2019, eq. 4.
     """
@@ -49,7 +49,7 @@ def norm_modulate(
     dtype = check_hidden("norm_modulate", hidden)
     check_norm("norm_modulate", hidden, scale, shift, weight, bias, kind, eps)
     if out is not None:
-        check_like("norm_modulate", "out", out, hidden)
+        check_out("norm_modulate", out, hidden, dtype)
     choice = choose(SPEC, hidden.device.type, dtype, backend)
     if not hidden.numel():
         return hidden.new_empty(hidden.shape) if out is None else out

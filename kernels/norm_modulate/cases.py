@@ -55,9 +55,10 @@ def make(
     weight: bool = False,
     bias: bool = False,
     edit: Callable[[Tensor], None] | None = None,
+    out: str | None = None,
     **options: Any,
 ) -> Call:
-    """One call. modulation: shape of scale and shift without its last axis, "chunks", or None."""
+    """One call. modulation: shape of scale and shift without its last axis, "chunks", or None; out: dtype to write."""
     draw = Draw(dtype, device, vectors)
     hidden = draw.hidden(shape, layout)
     if edit is not None:
@@ -74,7 +75,10 @@ def make(
         options["weight"] = draw.vector(width)
     if bias:
         options["bias"] = draw.vector(width)
-    return Call(args, options)
+    if out is None:
+        return Call(args, options)
+    narrow = Draw(out if dtype != "float64" else dtype, device).hidden(shape, layout)
+    return Call(args, options | {"out": narrow}, (narrow,))
 
 
 def far_off(hidden: Tensor) -> None:
@@ -116,6 +120,8 @@ def cases() -> tuple[Case, ...]:
         case("one vector", modulation=(), bias=True),
         case("layer norm", weight=True, bias=True, eps=1e-5),
         case("layer norm alone"),
+        Case("bfloat16 of float32", partial(make, out="bfloat16", **pair), ("float32",)),
+        Case("bfloat16 with gaps", partial(make, out="bfloat16", layout="gaps", shape=(B, N, 200)), ("float32",)),
         case("rms norm", kind="rms", weight=True),
         case("rms norm alone", kind="rms", eps=0.0),
         case("rms norm, modulated", kind="rms", weight=True, **pair),

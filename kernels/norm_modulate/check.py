@@ -42,6 +42,16 @@ def check_like(op: str, what: str, tensor: Any, hidden: Any) -> None:
     _check_rows(op, what, tensor)
 
 
+def check_out(op: str, out: Any, hidden: Any, dtype: str) -> None:
+    """`out` is like `hidden` of that dtype, or bfloat16 beside float32. Raises as `check_like` does."""
+    if dtype != "float32" or dtype_name(out.dtype) != "bfloat16":
+        return check_like(op, "out", out, hidden)
+    if out.shape != hidden.shape:
+        raise ShapeError(f"{op}: out has shape {tuple(out.shape)}, needs {tuple(hidden.shape)} as hidden")
+    _check_device(op, "out", out, hidden)
+    _check_rows(op, "out", out)
+
+
 def check_vector(op: str, what: str, vector: Any, hidden: Any) -> None:
     """A modulation [D], [B, D] or [B, N, D], B and N also 1, float32 or the dtype of [B, N, D] hidden states.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def bytes_moved(hidden: Any, *vectors: Any, weight: Any = None, bias: Any = None, **_: Any) -> int:
+def bytes_moved(hidden: Any, *vectors: Any, weight: Any = None, bias: Any = None, out: Any = None, **_: Any) -> int:
     """Bytes read and written once: hidden, vectors, the result."""
-    return 2 * nbytes(hidden) + vector_bytes(hidden, *vectors, weight, bias)
+    return nbytes(hidden) + nbytes(hidden if out is None else out) + vector_bytes(hidden, *vectors, weight, bias)
 
 
 def flops(hidden: Any, *vectors: Any, weight: Any = None, bias: Any = None, kind: str = "layer", **_: Any) -> int:

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+_Heads = Sequence[int]  # address, strides of samples, tokens, heads
+_Linear = tuple[int, int, int, int]  # address of the packed weight, columns, depth, address of the float32 bias or 0
 _Rows = tuple[int, int, int, int]  # address, 0 float32 | 1 bfloat16, stride of samples, stride of tokens
+_Packed = tuple[int, int, int, int, int]  # address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -50,6 +53,17 @@ def sample_adjust(
 def philox_normal(
     out: int, numel: int, seeds: Sequence[int], pictures: Sequence[int], draw: int, threads: int
 ) -> None: ...
+def attention(
+    out: _Heads,
+    query: _Heads,
+    key: _Heads,
+    value: _Heads,
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    threads: int,
+    /,
+) -> None: ...
 def gated_residual(
     out: _Rows, hidden: _Rows, update: _Rows, gate: _Rows | None, sizes: Sequence[int], threads: int, /
 ) -> None: ...
@@ -83,6 +97,35 @@ def adaln_modulate(
     /,
 ) -> None: ...
 def gelu(out: _Rows, hidden: _Rows, gate: _Rows | None, sizes: Sequence[int], tanh: bool, threads: int, /) -> None: ...
+def linear(
+    out: _Rows,
+    x: _Rows,
+    weight: _Packed,
+    bias: int,
+    activation: int,
+    gate: _Rows | None,
+    residual: _Rows | None,
+    sizes: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def int8_linear(
+    out: _Rows,
+    x: tuple[int, int, int],
+    x_scale: int,
+    weight: _Packed,
+    weight_scale: int,
+    bias: int,
+    activation: int,
+    gate: _Rows | None,
+    residual: _Rows | None,
+    sizes: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def run_products(dtype: int, steps: int, threads: int, /) -> int: ...
+def packed_bytes(columns: int, depth: int, dtype: int, /) -> int: ...
+def pack_matrix(to: _Packed, src: int, row_stride: int, threads: int, /) -> None: ...
 def qk_norm_rope(
     query: Sequence[int],
     key: Sequence[int],
@@ -99,3 +142,35 @@ def qk_norm_rope(
 ) -> None: ...
 def copy_memcpy(dst: int, src: int, bytes: int, threads: int) -> None: ...
 def copy_stream(dst: int, src: int, bytes: int, threads: int) -> None: ...
+
+class Dit:
+    def __init__(
+        self,
+        *,
+        heads: int,
+        patch: int,
+        channels: int,
+        out_channels: int,
+        gelu: str,
+        eps: tuple[float, float, float],
+        dtype: str,
+        patches: _Linear,
+        blocks: Sequence[Sequence[_Linear]],
+        final: _Linear,
+    ) -> None: ...
+    def arena_bytes(self, rows: int, samples: int, tokens: int, threads: int) -> int: ...
+    def run(
+        self,
+        *,
+        x: tuple[int, int, str],
+        capacity: int,
+        lanes: Sequence[int],
+        size: tuple[int, int],
+        positions: int,
+        modulations: Sequence[int],
+        outs: Sequence[int],
+        arena: int,
+        arena_bytes: int,
+        threads: int,
+        clock: bool = False,
+    ) -> tuple[int, int, int, int] | None: ...

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vivace import bench
-from vivace.bench import denoiser
+from vivace.bench import denoiser, denoiser_dit
 from vivace.errors import ArgumentError, BackendError
 from vivace.kernels.spec import UNIT_ROUNDOFF
 
@@ -44,7 +44,7 @@ def test_the_floor_counts_every_byte_the_elementwise_ops_move():
     assert 0 <= denoiser.elementwise_bytes(network) - (2 * 17 + 2) * state < 2 * state
 
 
-@pytest.mark.parametrize("name", denoiser.CLAIMS)
+@pytest.mark.parametrize("name", [name for name in denoiser.CLAIMS if name not in denoiser_dit.CLAIMS])
 def test_claims_are_computed_from_their_own_rows(name, tmp_path):
     data = bench.run("denoiser", claim=name, quick=True, out=tmp_path / "results")
     (claim,) = data["claims"]
@@ -76,7 +76,8 @@ def test_without_a_compiler_the_row_says_so(monkeypatch):
 
 
 def test_without_diffusers_a_claim_is_null_with_the_reason(monkeypatch):
-    monkeypatch.setattr(denoiser, "_cannot", lambda: "diffusers is not installed")
+    for module in (denoiser, denoiser_dit):
+        monkeypatch.setattr(module, "_cannot", lambda: "diffusers is not installed")
     for claim in bench.run("denoiser")["claims"]:
         assert claim["value"] is None and claim["how"] == "diffusers is not installed"
 

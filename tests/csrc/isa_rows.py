@@ -20,6 +20,8 @@ def runs() -> Iterator[tuple[str, list[list[np.ndarray]]]]:
             for centred in (False, True):
                 problem = Problem(tokens, width, halves, centred)
                 found = [problem.together(1), problem.apart(2), problem.definition()]
+                if not halves:
+                    yield f"narrow {tokens} x {width}, centred {centred}", [problem.narrow(), [problem.narrowed()]]
                 yield f"rows {tokens} x {width}, bfloat16 {halves}, centred {centred}", found
 
 
@@ -44,7 +46,8 @@ class Problem:
     def rows(self, x: np.ndarray) -> tuple[int, int, int, int]:
         """An array as C++ takes it; one row a sample is shared by its tokens."""
         _, tokens, width = x.shape
-        return x.ctypes.data, int(self.halves), tokens * width, width if tokens == self.shape[1] else 0
+        halves = int(x.dtype == np.uint16)
+        return x.ctypes.data, halves, tokens * width, width if tokens == self.shape[1] else 0
 
     def together(self, threads: int) -> list[np.ndarray]:
         h, m = np.empty_like(self.hidden), np.empty_like(self.hidden)
@@ -60,11 +63,22 @@ class Problem:
         _C.norm_modulate(*norm, self.shape, self.centred, EPS, threads)
         return [h, m]
 
+    def narrow(self) -> list[np.ndarray]:
+        m = np.empty(self.shape, np.uint16)
+        norm: tuple[Any, ...] = (*map(self.rows, (m, self.hidden, self.scale, self.shift)), None, None)
+        _C.norm_modulate(*norm, self.shape, self.centred, EPS, 2)
+        return [m]
+
+    def narrowed(self) -> np.ndarray:
+        return store(self.modulated(self.hidden), True)
+
+    def modulated(self, h: np.ndarray) -> np.ndarray:
+        y = normalised(load(h), self.centred)
+        return y * (np.float32(1.0) + load(self.scale)) + (np.float32(0.0) + load(self.shift))
+
     def definition(self) -> list[np.ndarray]:
         h = store(load(self.hidden) + load(self.gate) * load(self.update), self.halves)
-        y = normalised(load(h), self.centred)
-        m = y * (np.float32(1.0) + load(self.scale)) + (np.float32(0.0) + load(self.shift))
-        return [h, store(m, self.halves)]
+        return [h, store(self.modulated(h), self.halves)]
 
 
 def normalised(x: np.ndarray, centred: bool) -> np.ndarray:

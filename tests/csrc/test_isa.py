@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 _C = pytest.importorskip("vivace._C", reason="the extension is not built")
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
 def run_python(*command: str, isa: str) -> subprocess.CompletedProcess[str]:

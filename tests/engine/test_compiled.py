@@ -1,6 +1,7 @@
 """The compiled executor around a model's compiler, here a toy: artefacts, buckets, hoisting, receipts."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ class ToyCompiler:
 class Compilable(Toy):
     def __init__(self, **options):
         super().__init__(**options)
+        self.spec = replace(self.spec, fingerprint=f"{options}".ljust(64, "0")[:64])
         self.made = ToyCompiler(self)
 
     def compiler(self):
@@ -186,3 +188,13 @@ def test_samples_of_a_coupled_network_run_one_by_one_in_the_compiled_executor_to
     assert "differ" in result.receipt.one_by_one
     for j in range(3):
         assert torch.equal(result.latents[j : j + 1], s("a", index=j, seed=2).latents)
+
+
+def test_the_self_test_of_a_compiled_model_is_kept_for_the_next_session():
+    plan = apply_guidance(v_plan(2), 2.0)
+    first, second = (Compilable() for _ in range(2))
+    before = session(plan, first).probe.ms
+    assert session(plan, second).probe.ms == before and not second.calls
+    assert session(plan, Compilable(coupled=True)).probe.one_by_one is not None
+    again = Compilable(coupled=True)
+    assert session(plan, again).probe.one_by_one is not None and not again.calls

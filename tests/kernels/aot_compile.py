@@ -19,9 +19,12 @@ from triton.compiler import ASTSource
 from vivace.kernels.adaln_modulate import triton_impl as adaln
 from vivace.kernels.gated_residual import triton_impl as residual
 from vivace.kernels.gelu import triton_impl as unit
+from vivace.kernels.linear import tiles
+from vivace.kernels.linear import triton_impl as product
 from vivace.kernels.norm_modulate import triton_impl as norm
 from vivace.kernels.philox_normal import triton_impl as philox
 from vivace.kernels.qk_norm_rope import triton_impl as heads
+from vivace.kernels.quantize_tokens import triton_impl as tokens
 from vivace.kernels.sample_adjust import triton_impl as adjust
 from vivace.kernels.solver_step import table as t
 from vivace.kernels.solver_step import triton_impl as step
@@ -68,6 +71,19 @@ HEADS = {
     "qk_norm_rope LTX": ("bf16", 1, 2048, "rms", False, heads.INTERLEAVED),
     "qk_norm_rope float32": ("fp32", 24, 64, "layer", False, heads.NONE),
 }
+# name -> (tile, dtype of x, activation, operands of the epilogue); every tile with the longest epilogue
+FULL = "bias gate residual"
+LINEARS = {
+    f"{'int8_linear' if dtype == 'int8' else 'linear'} {dtype} {tile.rows} x {tile.columns}": (
+        tile, dtype, "gelu_tanh", FULL,
+    )
+    for dtype in tiles.TILES for tile in tiles.tiles(dtype)
+} | {
+    "linear gelu": (tiles.tiles("bfloat16")[1], "bfloat16", "gelu", FULL),
+    "linear float16": (tiles.tiles("float16")[0], "float16", "silu", ""),
+}  # fmt: skip
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int8": "*i8"}
+ONES = ("tokens", "height", "columns", "depth", "x_token", "out_token", "gate_sample")  # triton makes constants of them
 
 
 def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str, adjusted: bool) -> Any:
@@ -133,21 +149,46 @@ def qk_norm_rope(dtype: str, count: int, width: int, kind: str, across: bool, tu
     return compiled(heads._qk_norm_rope, signature, constants, heads.warps(sizes))
 
 
+def linear(tile: tiles.Tile, dtype: str, activation: str, given: str, ones: tuple[str, ...] = ()) -> Any:
+    """The kernel of both linears: of integers into bfloat16, else into the dtype of x; ones: arguments that are 1."""
+    integers = dtype == "int8"
+    constants: dict[str, Any] = {
+        "ACTIVATION": activation, "WHOLE": not ones, "WIDEN": False, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth, "GROUP": tiles.GROUP, "HALVINGS": product.halvings(tile),
+    }  # fmt: skip
+    constants |= {name: None for name in FULL.split() if name not in given.split()} | dict.fromkeys(ones, 1)
+    constants |= {} if integers else {"x_scale": None, "weight_scale": None}
+    result = "*bf16" if integers else POINTERS[dtype]
+    signature = dict.fromkeys(product._linear.arg_names, "i32")
+    signature |= dict.fromkeys(("x", "weight"), POINTERS[dtype]) | dict.fromkeys(("out", "residual"), result)
+    signature |= dict.fromkeys(("x_scale", "weight_scale", "bias", "gate"), "*fp32")
+    options = {"num_stages": tile.stages, "enable_fp_fusion": True}
+    return compiled(product._linear, signature, constants, tile.warps, ("tokens", "height"), **options)
+
+
+def quantize_tokens() -> Any:
+    block = norm.row_block(1152)
+    signature = dict.fromkeys(tokens._quantize_tokens.arg_names, "i32") | {"q": "*i8", "scale": "*fp32", "x": "*bf16"}
+    return compiled(tokens._quantize_tokens, signature, {"BLOCK": block}, norm.warps(block))
+
+
 def philox_normal() -> Any:
     signature = {"out": "*fp32", "seeds": "*i64", "pictures": "*i64", "draw": "i32", "size": "i32"}
     return compiled(philox._philox_normal, signature, {"BLOCK": philox.BLOCK}, philox.WARPS)
 
 
-def compiled(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int) -> Any:
-    """Ahead-of-time compilation; every argument is divisible by 16 but `draw`, as is no float."""
+def compiled(
+    kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int, odd: Any = ("draw",), **options: Any
+) -> Any:
+    """Ahead-of-time compilation; every argument is divisible by 16 but the `odd` ones, as is no float."""
     signature = signature | dict.fromkeys(constants, "constexpr")
     attributes = {}
     for i, (name, kind) in enumerate(signature.items()):
         paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if kind not in ("constexpr", "fp32") and name != "draw":
+        if kind not in ("constexpr", "fp32") and name not in odd:
             attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False})
+    return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False} | options)
 
 
 def usage(kernel: Any) -> dict[str, Any]:
@@ -158,12 +199,18 @@ def usage(kernel: Any) -> dict[str, Any]:
         text, code = (cuobjdump(what, cubin) for what in ("-res-usage", "-sass"))
     found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
     ptx = kernel.asm["ptx"]
-    told = sorted(
-        set(re.findall(r"\b(?:[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt|div)\.[\w.]+)", ptx))
-    )
+    matrix = r"wgmma\.mma_async[\w.]+|cp\.async\.c[ag]\.shared\.global"
+    moving = rf"\b(?:{matrix}|[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt|div)\.[\w.]+)"
+    told = sorted(set(re.findall(moving, ptx)))
     fused = len(re.findall(r"\bFFMA", code))  # a correctly rounded square root has some
     target = re.search(r"\.target (\w+)", ptx)[1]
-    numbers = {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"], "fused": fused}
+    numbers = {
+        "shared": kernel.metadata.shared,
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "local": found["LOCAL"],
+        "fused": fused,
+    }
     return {"target": target, "ptx": told} | numbers
 
 
@@ -178,4 +225,7 @@ if __name__ == "__main__":
     report |= {name: usage(over_rows(*case)) for name, case in ROWS.items()}
     report |= {name: usage(gelu(*case)) for name, case in GELUS.items()}
     report |= {name: usage(qk_norm_rope(*case)) for name, case in HEADS.items()}
-    print(json.dumps(report | {"philox_normal": usage(philox_normal())}))
+    report |= {name: usage(linear(*case)) for name, case in LINEARS.items()}
+    report |= {"linear of ones": usage(linear(tiles.tiles("bfloat16")[-1], "bfloat16", "silu", FULL, ONES))}
+    report |= {"philox_normal": usage(philox_normal()), "quantize_tokens": usage(quantize_tokens())}
+    print(json.dumps(report))

@@ -57,6 +57,8 @@ def in_float64(call):
             return value.double() if value.is_floating_point() else value
         if isinstance(value, (list, tuple)):
             return type(value)(convert(item) for item in value)
+        if isinstance(value, torch.dtype):
+            return torch.float64
         return value.to("cpu", torch.float64) if hasattr(value, "floats") else value
 
     converted |= {id(tensor): convert(tensor) for tensor in call.writes}
@@ -137,7 +139,7 @@ def rows_alone(call, b):
 
 
 def rows_results(call, results, b):
-    return [tensor[b] for tensor in results]
+    return [tensor[b : b + 1] for tensor in results]
 
 
 def samples_alone(least):
@@ -161,10 +163,14 @@ def samples_alone(least):
 # Per op: the call of one sample, and one sample of a call's results.
 ALONE = {
     "adaln_modulate": (rows_alone, rows_results),
+    "attention": (samples_alone(4), rows_results),
     "gated_residual": (rows_alone, rows_results),
     "gelu": (samples_alone(2), rows_results),
-    "norm_modulate": (rows_alone, rows_results),
+    "linear": (samples_alone(2), rows_results),
+    "int8_linear": (samples_alone(1), rows_results),
+    "norm_modulate": (samples_alone(2), rows_results),
     "qk_norm_rope": (samples_alone(3), rows_results),
+    "quantize_tokens": (samples_alone(1), rows_results),
     "solver_step": (solver_step_alone, solver_step_results),
     "philox_normal": (philox_normal_alone, philox_normal_results),
     "sample_adjust": (solver_step_alone, sample_adjust_results),

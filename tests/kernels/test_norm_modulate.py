@@ -74,6 +74,16 @@ def test_bits_do_not_depend_on_where_rows_lie(backend, dtype, layout):
     assert not room[:, 0].any() and not room[..., :5].any() and not room[..., 205:].any()
 
 
+@on_every_backend
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_narrow_result_is_the_wide_one_rounded(backend, kind):
+    hidden, scale, shift = call(device=device_of(backend))
+    narrow = torch.zeros(SHAPE, dtype=torch.bfloat16, device=hidden.device)
+    assert norm_modulate(hidden, scale, shift, kind=kind, out=narrow, backend=backend) is narrow
+    wide = norm_modulate(hidden, scale, shift, kind=kind, backend=backend)
+    assert torch.equal(narrow, wide.to(torch.bfloat16))
+
+
 @pytest.mark.backend("cpu")
 @every_dtype
 def test_bits_do_not_depend_on_the_threads(dtype):
@@ -135,7 +145,13 @@ REFUSED = {
     r"out has shape \(2, 3, 100\), needs \(2, 3, 200\)": {"out": torch.zeros(2, 3, 100)},
     r"scale is bfloat16, needs float32 beside hidden": {"scale": torch.zeros(2, 200, dtype=torch.bfloat16)},
     r"weight is float64, needs float32": {"weight": torch.zeros(200, dtype=torch.float64)},
-    r"out is bfloat16, needs float32": {"out": torch.zeros(SHAPE, dtype=torch.bfloat16)},
+    r"out is float16, needs float32": {"out": torch.zeros(SHAPE, dtype=torch.float16)},
+    r"out is float32, needs bfloat16": {
+        "hidden": torch.zeros(SHAPE, dtype=torch.bfloat16),
+        "out": torch.zeros(SHAPE),
+    },
+    r"out has shape \(2, 200\)": {"out": torch.zeros(2, 200, dtype=torch.bfloat16)},
+    r"out has stride 3": {"out": torch.zeros(2, 200, 3, dtype=torch.bfloat16).transpose(1, 2)},
     r"hidden is float16, needs float32 or bfloat16": {"hidden": torch.zeros(SHAPE, dtype=torch.float16)},
     r"hidden has stride 3 along its last axis": {"hidden": torch.zeros(2, 200, 3).transpose(1, 2)},
     r"scale has stride 2 along its last axis": {"scale": torch.zeros(200, 2).T},

@@ -26,10 +26,19 @@ def start(*arguments, **environment):
     )  # fmt: skip
 
 
+def on_gpu():
+    """Ops with a Triton kernel."""
+    return [op for op in ops() if "triton" in op.impls]
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Output and exit code of both processes by name."""
-    files = [HERE / "test_contract.py", *(HERE / f"test_{op.name}.py" for op in ops())]
+    files = [
+        HERE / "test_contract.py",
+        HERE / "test_linear_tiles.py",
+        *(HERE / f"test_{op.name}.py" for op in on_gpu()),
+    ]
     pytest_options = ("-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider")
     running = {
         "interpreter": start(*pytest_options, *files, TRITON_INTERPRET="1"),
@@ -49,14 +58,14 @@ def test_interpreted_kernels_keep_the_contract(processes):
     out, error, code = processes["interpreter"]
     assert code == 0, out + error
     passed = int(re.search(r"(\d+) passed", out)[1])
-    contract = 3 * sum(len(case.dtypes) for op in ops() for case in op.cases())
+    contract = 3 * sum(len(case.dtypes) for op in on_gpu() for case in op.cases())
     assert passed > contract and not re.search(r"failed|skipped|deselected \d+ tests of triton", out)
 
 
 def test_compiled_kernels_do_not_spill(usage):
     assert set(usage) >= {"solver_step guided", "solver_step 12 x 4", "solver_step mixed plans", "philox_normal"}
     assert set(usage) >= {"solver_step adjusted", "sample_adjust guided", "sample_adjust mixed plans"}
-    assert {op.name for op in ops()} <= {name.split()[0] for name in usage}
+    assert {op.name for op in on_gpu()} <= {name.split()[0] for name in usage}
     for name, used in usage.items():
         assert used["target"] == "sm_90a", name
         assert used["stack"] == 0 and used["local"] == 0, f"{name} spills: {used}"
@@ -73,10 +82,27 @@ def test_plain_rows_leave_room_for_many_warps(usage):
 
 def test_compiled_kernels_move_16_bytes_at_a_time_and_round_as_the_definition_does(usage):
     for name, used in usage.items():
+        if name == "linear of ones":
+            continue  # nothing to align
         assert "st.global.v4.b32" in used["ptx"] or name.startswith("sample_adjust"), name
-        assert name == "philox_normal" or "ld.global.v4.b32" in used["ptx"], name
+        whole = {"ld.global.v4.b32", "cp.async.cg.shared.global"} & set(used["ptx"])
+        assert name == "philox_normal" or whole, name
+        if "linear" in name:
+            continue  # its sums are fused on purpose
         exact = {"sqrt.rn.f32", "div.rn.f32"} & set(used["ptx"])  # correctly rounded by means of such instructions
         assert used["fused"] == 0 or exact, f"{name} fuses multiply and add"
     assert "cvt.rn.bf16x2.f32" in usage["solver_step guided"]["ptx"]
     assert "cvt.rn.f16x2.f32" in usage["solver_step scaled"]["ptx"]
     assert any(i.startswith("sqrt.rn") for i in usage["philox_normal"]["ptx"])
+
+
+def test_linears_use_the_matrix_unit_and_leave_room_for_a_second_program(usage):
+    for name, used in usage.items():
+        kinds = {"linear bfloat16": "bf16.bf16", "linear float16": "f16.f16", "int8_linear int8": "s8.s8"}
+        for prefix, kind in kinds.items():
+            if name.startswith(prefix):
+                assert any(i.startswith("wgmma.mma_async") and i.endswith(kind) for i in used["ptx"]), name
+                assert "cp.async.cg.shared.global" in used["ptx"], name
+        if "128 x 128" in name:  # 64 Ki registers and 227 KiB of shared memory of a multiprocessor, 256 threads
+            assert used["registers"] <= 128 and 2 * used["shared"] <= 227 << 10, f"{name}: {used}"
+    assert not any(i.startswith("wgmma") for i in usage["linear float32 64 x 64"]["ptx"])

@@ -53,7 +53,12 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz"}),
     ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
     ("bench.peers", ("",), {"numpy", "torch", "diffusers", "cache_dit", "nncf", "onnx", "onnxruntime", "openvino"}),
-    ("bench", ("",), {"numpy", "torch", "diffusers", "matplotlib"}),
+    (
+        "bench.peers",
+        ("bench", "kernels", "errors"),
+        {"numpy", "torch", "diffusers", "onnx", "onnxruntime", "openvino", "cache_dit"},
+    ),
+    ("bench", ("",), {"numpy", "torch", "safetensors", "diffusers", "matplotlib"}),
     ("cli", ("",), {"typer", "PIL"}),
     ("__main__", ("cli",), set()),
     ("__init__", (), set()),

@@ -167,7 +167,7 @@ class DiT(nn.Module):
     def condition(self, t: Tensor, labels: Tensor) -> Modulation:
         """Modulation vectors of the whole network from timesteps [n] and labels [B, n]; independent of x."""
         branches, n = labels.shape
-        features, layers = self._time_features(t), self.layers()
+        features, layers = self.time_features(t), self.layers()
         hidden = [layer.condition.forward(features, labels) for layer in layers]
         vectors = [linear(h, layer.condition.modulation) for h, layer in zip(hidden, layers, strict=True)]
         packed = torch.stack(vectors).view(len(layers), branches, n, 6, self.config.width)
@@ -213,7 +213,7 @@ class DiT(nn.Module):
         """The blocks under their type."""
         return cast("Sequence[Block]", self.blocks)
 
-    def _time_features(self, t: Tensor) -> Tensor:
+    def time_features(self, t: Tensor) -> Tensor:
         """[cos, sin](t * 10000^(-i/127)), i = 0..127, in float32 as the models were trained. [n] -> [n, 256]."""
         half = TIME_FEATURES // 2
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)

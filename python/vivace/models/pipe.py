@@ -6,13 +6,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from vivace.engine.bind import ModelSpec
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.planning import make_plan
-from vivace.errors import ArgumentError, BackendError, UnsupportedError
+from vivace.errors import ArgumentError, BackendError
 from vivace.models import pictures
 from vivace.models.load import LoadedModel, OpenModel
 from vivace.models.load import load as load_model
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vivace.engine.compiled import Compiler
+    from vivace.engine.denoiser import Replayable
     from vivace.engine.session import Session
     from vivace.models.pipelines.decode import DecodeOptions
     from vivace.models.pipelines.open import ForeignPipe
@@ -53,13 +56,17 @@ class ClassDenoiser:
         t = torch.tensor(timesteps, dtype=torch.float64, device=x.device)
         return self.model.module(x, t, labels)
 
-    def compiler(self) -> Compiler:
-        """The compiler of the native DiT for the device it is on. Raises UnsupportedError with the reason."""
-        raise UnsupportedError("not in the tree yet")
+    def compiler(self) -> Compiler | Replayable:
+        """The native DiT's, for the device it is on. Raises UnsupportedError with the reason."""
         from vivace.models.compiled.native import native_compiler
+        from vivace.models.compiled.replay import DitReplay
 
-        null = self.model.classes
-        return native_compiler(self.model.module, self.spec, lambda match, b: match.id if b == "cond" else null)
+        module, null = self.model.module, self.model.classes
+
+        def label(match: Match, branch: str) -> int:
+            return match.id if branch == "cond" else null
+
+        return DitReplay(module, label) if self.device.type == "cuda" else native_compiler(module, self.spec, label)
 
     def to_latent(self, image: Any) -> Tensor:
         """A PIL picture or path at model size, or a tensor as it is, as a latent [C, H, W]."""
@@ -81,6 +88,8 @@ class Pipe:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
+        self._copies: WeakValueDictionary[tuple[torch.device, torch.dtype], LoadedModel] = WeakValueDictionary()
+        self._lock = Lock()
 
     @property
     def spec(self) -> ModelSpec:
@@ -138,14 +147,19 @@ class Pipe:
         )
 
     def _placed(self, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
-        """The model on a device in a dtype; a copy unless it is there already."""
+        """The model on a device in a dtype: itself where it is so already, else a copy that its sessions share."""
         module = self.model.module
-        dtype = dtype or module.dtype
-        if module.device == device and module.dtype == dtype:
+        place = device, dtype or module.dtype
+        if place == (module.device, module.dtype):
             return self.model
-        moved = copy.copy(self.model)
-        object.__setattr__(moved, "module", copy.deepcopy(module).to(device, dtype))
-        return moved
+        with self._lock:
+            moved = self._copies.get(place)
+            if moved is None:
+                parameters = {name: value.to(*place) for name, value in module.state_dict().items()}
+                moved = copy.copy(self.model)
+                object.__setattr__(moved, "module", module.of(module.config, parameters))
+                self._copies[place] = moved
+            return moved
 
 
 def load(

@@ -50,11 +50,12 @@ class Machine:
 def examine() -> Machine:
     """Look at interpreter, cores, instruction set, packages, devices and kernel backends."""
     from vivace import __version__
+    from vivace.engine.machine import processor
 
     findings = [
         Finding("vivace", __version__),
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("cpu", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} usable core(s)"),
+        Finding("cpu", f"{processor()}, {len(os.sched_getaffinity(0))} usable core(s)"),
         Finding("extension", _extension()),
         *(Finding(name, _package(name)) for name in PACKAGES),
         Finding("gpu", _gpu()),
@@ -77,14 +78,6 @@ def find_spec_safe(name: str) -> Any:
         return find_spec(name)
     except ImportError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor() or "unknown"
 
 
 def _extension() -> str:

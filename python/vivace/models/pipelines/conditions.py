@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -21,6 +21,9 @@ class Row:
     """One row [1, ...] of a tensor that has the batch as its first axis."""
 
     value: Tensor
+
+
+_NOTHING: Any = Row(torch.empty(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,26 @@ def inputs_of(
     return Inputs(tree, tuple(_sign(name, value) for name, value in sorted(tree.items())))
 
 
+def parts(rows: Sequence[Inputs]) -> dict[str, tuple[Tensor, ...]]:
+    """What goes into a batch of rows with one signature: by path in the tree, the `Row` values of all rows in order."""
+    found = [dict(_rows_in(row.tree, "")) for row in rows]
+    return {path: tuple(row[path] for row in found) for path in found[0]}
+
+
+def fill(tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a batch: the tree with tensors[path] in place of each `Row`."""
+    filled: dict[str, Any] = _filled(tree, "", tensors)
+    return filled
+
+
+def hollow(row: Inputs) -> dict[str, Any]:
+    """The tree of a row for `fill`, without what the row holds."""
+    return fill(row.tree, {path: _NOTHING for path, _ in _rows_in(row.tree, "")})
+
+
 def merge(rows: Sequence[Inputs]) -> dict[str, Any]:
     """Arguments of a batch from rows with one signature."""
-    return {name: _join([row.tree[name] for row in rows]) for name in rows[0].tree}
+    return fill(rows[0].tree, {path: torch.cat(values) for path, values in parts(rows).items()})
 
 
 def _map(name: str, value: Any, take: Callable[[str, Tensor], Any]) -> Any:
@@ -93,16 +113,24 @@ def _map(name: str, value: Any, take: Callable[[str, Tensor], Any]) -> Any:
     return value
 
 
-def _join(values: Sequence[Any]) -> Any:
-    """Values of one argument in several rows as one value of a batch."""
-    first = values[0]
-    if isinstance(first, Row):
-        return torch.cat([value.value for value in values])
-    if isinstance(first, dict):
-        return {key: _join([value[key] for value in values]) for key in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(_join(items) for items in zip(*values, strict=True))
-    return first
+def _rows_in(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Values of the `Row`s in an argument, by path."""
+    if isinstance(value, Row):
+        yield path, value.value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _rows_in(item, f"{path}/{key}")
+
+
+def _filled(value: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
+    """`value` with the tensor of its path in place of each `Row`."""
+    if isinstance(value, Row):
+        return tensors[path]
+    if isinstance(value, Mapping):
+        return {key: _filled(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_filled(item, f"{path}/{i}", tensors) for i, item in enumerate(value))
+    return value
 
 
 def _sign(name: str, value: Any, contents: bool = False) -> Any:

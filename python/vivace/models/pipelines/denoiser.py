@@ -8,98 +8,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vivace.engine.bind import ModelSpec
-from vivace.engine.plan import Variant
 from vivace.errors import PromptError, ShapeError, UnsupportedError
 from vivace.models import pictures
 from vivace.models.pipelines.capture import Heard, argument_names, hear
-from vivace.models.pipelines.conditions import Condition, Inputs, inputs_of, merge
+from vivace.models.pipelines.conditions import Condition, Inputs, inputs_of
 from vivace.models.pipelines.decode import DecodeReport, decoder_view
 from vivace.models.pipelines.families import plain
+from vivace.models.pipelines.network import Manner, NetworkDenoiser
 from vivace.models.pipelines.prompting import SCALE, Prompting
-
-
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How a network is called: argument names, fed time = t / divisor + offset in `dtype`, prediction = sign * output.
-
-    order: branches in the order of their rows or calls; column: the time argument has one value per token.
-    """
-
-    latent: str
-    time: str
-    divisor: float = 1.0
-    offset: float = 0.0
-    dtype: torch.dtype = torch.float32
-    sign: float = 1.0
-    order: tuple[str, ...] = ("cond", "uncond")
-    column: int = 0
-
-    def times(self, timesteps: Sequence[float], device: torch.device) -> Tensor:
-        """What the network is fed at `timesteps` of a plan: [n], or [n, tokens]."""
-        t = torch.tensor(timesteps, dtype=self.dtype, device=device)
-        fed = t if self.divisor == 1.0 else t / self.divisor
-        fed = fed if self.offset == 0.0 else fed + self.offset
-        return fed[:, None].expand(-1, self.column) if self.column else fed
-
-
-class NetworkDenoiser:
-    """What both kinds share: predictions of a network from recorded arguments.
-
-    networks: by the name in a plan's `model` column, "main" first.
-    """
-
-    def __init__(self, networks: Mapping[str, Any], spec: ModelSpec, manner: Manner, device: torch.device) -> None:
-        self.networks, self.spec, self.manner = dict(networks), spec, manner
-        self.models = tuple(self.networks)
-        self.device, self.dtype = device, next(iter(networks.values())).dtype
-        self._options = {} if "return_dict" not in argument_names(networks["main"]) else {"return_dict": False}
-
-    def evaluate(
-        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Condition], variant: Variant
-    ) -> tuple[Tensor, ...]:
-        """One prediction [n, ...] per branch; samples and branches with arguments of equal shapes share a forward."""
-        wanted = [(n, branch) for branch in variant.branches for n in range(len(conditions))]
-        inputs = [conditions[n].branch(branch) for n, branch in wanted]
-        if variant.model not in self.networks:
-            raise UnsupportedError(f"denoiser: no network {variant.model!r}; there are {', '.join(self.networks)}")
-        groups: dict[Any, list[int]] = {}
-        for position, row in enumerate(inputs):
-            groups.setdefault(row.signature, []).append(position)
-        found: dict[int, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():  # what a module keeps of a forward stays an ordinary tensor
-            for positions in groups.values():
-                samples = [wanted[position][0] for position in positions]
-                latent = torch.stack([x[n] for n in samples])
-                times = self.manner.times([timesteps[n] for n in samples], x.device)
-                out = self._forward(variant.model, latent, times, [inputs[position] for position in positions])
-                found.update(zip(positions, out, strict=True))
-            count = len(conditions)
-            outs = [torch.stack([found[b * count + n] for n in range(count)]) for b in range(len(variant.branches))]
-        return tuple(outs)
-
-    def _forward(self, model: str, latent: Tensor, times: Tensor, rows: Sequence[Inputs]) -> Tensor:
-        """Predictions [rows, ...], learned variances left out."""
-        network, manner = self.networks[model], self.manner
-        out = network(**merge(rows), **{manner.latent: latent, manner.time: times}, **self._options)
-        out = out if isinstance(out, Tensor) else out[0]
-        axis = next(
-            (i for i in range(1, latent.dim()) if out.dim() == latent.dim() and out.shape[i] > latent.shape[i]), None
-        )
-        if axis is not None:
-            out = out.narrow(axis, 0, latent.shape[axis])
-        if out.shape != latent.shape:
-            raise ShapeError(
-                f"{type(network).__name__}: predicts {tuple(out.shape)} for latents {tuple(latent.shape)}; a session "
-                "needs a prediction of the latents' shape"
-            )
-        return out if manner.sign == 1.0 else out * manner.sign
 
 
 class PipelineDenoiser(NetworkDenoiser):

@@ -130,6 +130,7 @@ class ForeignPipe(ABC):
         dtype: torch.dtype | str | None = None,
         threads: int | None = None,
         batch: int | None = None,
+        hoist: bool = True,
     ) -> Session:
         """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
 
@@ -139,7 +140,7 @@ class ForeignPipe(ABC):
         check_counts(threads=threads, batch=batch)
         place = None if device == "auto" else device_of(device)
         denoiser = self._denoiser(self._placed(place, dtype_of(dtype)))
-        executor = make_executor(backend, denoiser)
+        executor = make_executor(backend, denoiser, hoist=hoist)
         why = self._unprobed()
         session = Session(
             denoiser,

@@ -17,18 +17,20 @@ from vivace.models.pipelines.fused.report import FusedReport, Left, Replaced
 __all__ = ["Fused", "FusedReport", "Left", "Replaced", "fuse"]
 
 
-def fuse(module: Any, *, backend: str | None = None) -> tuple[Any, FusedReport]:
+def fuse(module: Any, *, backend: str | None = None, pack: bool = False) -> tuple[Any, FusedReport]:
     """A stand-in of the network `module` with our ops inside, and the report of what was replaced and what was left.
 
     Args:
         module: a diffusers transformer or UNet, float32 or bfloat16, in evaluation mode; others come back as they are.
         backend: of the ops, "reference" included; None: the fast one for the device, and plain torch without one.
+        pack: linear layers on the CPU get a packed copy of their weights and run our product; weights changed later
+            are not seen.
     Returns: (stand-in, report). The stand-in shares parameters, buffers and linears with the module. It is made of the
         module as it is now: after a LoRA was loaded, hooks were attached or a dtype changed, make another (`Fused`
         does).
     Raises: BackendError when a backend asked for by name cannot run.
     """
-    return build(module, backend)
+    return build(module, backend, pack)
 
 
 class Fused:

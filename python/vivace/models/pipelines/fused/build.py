@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vivace.models.pipelines.fused import attention, blocks, norms, processor, video
+from vivace.models.pipelines.fused import attention, blocks, linears, norms, processor, video
 from vivace.models.pipelines.fused.ops import DTYPES, Ops, class_of, norm_problem, ready
 from vivace.models.pipelines.fused.pattern import Pattern
 from vivace.models.pipelines.fused.report import FusedReport, Left, Replaced
@@ -23,8 +23,8 @@ GELU = "torch.nn.modules.activation.GELU"
 class Builder:
     """One walk: the pieces replaced and left so far, the ops, and modules already made (a module may be shared)."""
 
-    def __init__(self, ops: Ops) -> None:
-        self.ops, self.tables = ops, processor.Tables()
+    def __init__(self, ops: Ops, pack: bool = False) -> None:
+        self.ops, self.pack, self.tables = ops, pack, processor.Tables()
         self.counts: Counter[str] = Counter()
         self.left: list[Left] = []
         self.made: dict[int, Any] = {}
@@ -46,6 +46,8 @@ class Builder:
             if any(True for _ in module.children()) or class_of(module) in PATTERNS:
                 self._leave(name, module, reason)
             return module
+        if self.pack and class_of(module) == linears.LINEAR:
+            return self._linear(name, module)
         pattern = self._pattern(name, module)
         own = self._processor(name, module)
         skipped = attention.ABSORBED if own else pattern.absorbs(module) if pattern else ()
@@ -63,6 +65,15 @@ class Builder:
         if pattern is not None:
             stand_in.__dict__["forward"] = piece(self.ops, pattern, module, stand_in)
         return stand_in
+
+    def _linear(self, name: str, module: Any) -> Any:
+        """The linear layer with its weight packed, or as it is."""
+        reason = watched(module) or linears.problem(module, self.ops.dtype)
+        if reason is not None:
+            self._leave(name, module, reason)
+            return module
+        self.counts["linear"] += 1
+        return linears.packed(module)
 
     def _leave(self, name: str, module: Any, reason: str) -> None:
         self.left.append(Left(name, type(module).__name__, reason))
@@ -184,7 +195,7 @@ def structure(module: Any) -> tuple[Any, ...]:
     return None if first is None else first.device.type, *found
 
 
-def build(module: Any, backend: str | None) -> tuple[Any, FusedReport]:
+def build(module: Any, backend: str | None, pack: bool = False) -> tuple[Any, FusedReport]:
     """The stand-in of `module` and the report; the module itself when its dtype or place rules our ops out."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     kind = type(module).__name__
@@ -195,5 +206,6 @@ def build(module: Any, backend: str | None) -> tuple[Any, FusedReport]:
         return module, FusedReport(left=(Left("", kind, reason),))
     if module.training:
         return module, FusedReport(left=(Left("", kind, "training mode; call eval()"),))
-    builder = Builder(Ops(parameter.dtype, parameter.device, backend))
+    ops = Ops(parameter.dtype, parameter.device, backend)
+    builder = Builder(ops, pack and parameter.device.type == "cpu" and "linear" in ops.choices)
     return builder.make("", module), builder.report()

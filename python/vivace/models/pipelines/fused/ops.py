@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vivace.kernels.spec import REFERENCE, Choice, choose
 
-OPS = ("adaln_modulate", "gated_residual", "gelu", "norm_modulate", "qk_norm_rope")
+OPS = ("adaln_modulate", "gated_residual", "gelu", "linear", "norm_modulate", "qk_norm_rope")
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {
     "torch.nn.modules.normalization.LayerNorm": "layer",

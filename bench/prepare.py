@@ -1,0 +1,71 @@
+"""What `make bench-setup` prepares, so that a claim takes seconds: `python -m vivace.bench.prepare`.
+
+Models with random weights, exported graphs, inductor's code and converged latents; timings and errors are never kept.
+Everything is keyed by what it depends on and appears at once: stop it, run it again, and it goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from vivace.bench import e2e, solvers
+from vivace.bench.artefacts import Artefact, folder, megabytes
+from vivace.bench.models import MODELS
+from vivace.bench.peers import graphs, inductor, runtime
+from vivace.errors import VivaceError
+
+PAIR = 2  # rows of a guided evaluation
+# (model, dtypes and batches of inductor's code, whether INT8 and ONNX are needed too)
+PLANS = (
+    ("emoji", (("bfloat16", PAIR), ("float32", PAIR)), True),
+    ("DiT-B/2", (("bfloat16", 1), ("float32", 1), ("bfloat16", PAIR), ("float32", PAIR)), True),
+    ("DiT-XL/2", (), False),
+)
+
+
+def artefacts() -> Iterator[Artefact]:
+    """Everything that can be made with what is installed, the quickest claims' needs first."""
+    threads = torch.get_num_threads()
+    for name, compiled, everything in PLANS:
+        model = MODELS[name]
+        if model.artefact is not None:
+            yield model.artefact
+        if runtime("open_vino").why_not("float32") is None:
+            yield graphs.openvino(model)
+            if everything:
+                yield graphs.openvino(model, int8=True)
+                yield graphs.onnx_int8(model, "dynamic")
+        if runtime("inductor").why_not("float32") is None:
+            for dtype, batch in compiled:
+                yield inductor.package(model, dtype, batch, threads)
+
+
+def latents() -> None:
+    """Converged latents of the bundled model."""
+    solvers.prepare()
+    e2e.emoji_case(False).converged()
+
+
+def main() -> int:
+    """Make what is missing; one line each. Returns 1 when something could not be made."""
+    begin, failed = time.perf_counter(), 0
+    for artefact in artefacts():
+        there = artefact.ready
+        try:
+            artefact.get()
+            print("there " if there else "made  ", artefact.told(), flush=True)
+        except (VivaceError, RuntimeError, OSError, ValueError) as error:  # of foreign exporters
+            failed += 1
+            print("FAILED", artefact.kind, f"{type(error).__name__}: {str(error).splitlines()[0]:.200}", flush=True)
+    latents()
+    print(f"converged latents are there; {megabytes(folder()):.0f} MB in {folder()}")
+    print(f"{(time.perf_counter() - begin) / 60:.1f} min in all")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

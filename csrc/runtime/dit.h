@@ -1,0 +1,56 @@
+// One row of the native DiT (python/vivace/models/dit.py) in one call: latents and modulation vectors in, predictions
+// of every guidance branch out. No torch, no Python, no allocation.
+//
+// Sizes: n samples, B branches, R = B * n rows (branch-major), N tokens, D width, M width of the MLP, L blocks,
+// C channels, p edge of a patch. Activations have the dtype of the weights; hidden states stay float32 from the first
+// block to the last. A sample's bits do not depend on n, its lane, other samples, branches or threads.
+//
+// A row is a fixed sequence of stages (patches, stem, L x (norm, qkv, attention, out, norm, up, down), norm, final,
+// pixels) on a team of threads that is woken once; gates, residuals and GELU are epilogues of the linears.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/dit_row.h"
+
+namespace vivace {
+
+// Where the time of a row goes, as member 0 of the team sees it, waiting included.
+enum class DitStage { kLinear, kAttention, kNorm, kRest };
+constexpr int kDitStages = 4;
+
+struct DitCall {
+  const void* x;  // [capacity, C, H, W], a lane contiguous
+  Dtype x_dtype;
+  int64_t lane_stride, capacity;  // elements between lanes; number of them
+  const int64_t* lanes;           // [n]
+  int64_t samples, branches, height, width;
+  const float* positions;           // [N, D]
+  const float* const* modulations;  // [R] addresses of [6L + 2, D]: shift, scale, gate of a block's attention, then of
+                                    // its MLP; last shift and scale of the head. Scales without the 1 that is added
+  float* const* outs;               // [B] addresses of [n, C, H, W]
+  void* arena;                      // aligned to 64 bytes, of one call at a time
+  int64_t arena_bytes, threads;
+  int64_t* clock;  // [kDitStages] nanoseconds, added to; null: not measured
+};
+
+class Dit {
+ public:
+  // Throws when the shapes of the weights do not fit together. The memory they lie in is the caller's.
+  Dit(const DitSizes& sizes, DitWeights weights);
+
+  const DitModel& model() const { return model_; }
+
+  // What a call of up to so many rows, samples, tokens and threads needs; throws when that fits no memory.
+  int64_t arena_bytes(int64_t rows, int64_t samples, int64_t tokens, int64_t threads) const;
+
+  // Throws, before any work, when the call is not legal.
+  void run(const DitCall& call) const;
+
+ private:
+  void check(const DitCall& call) const;
+
+  DitModel model_;
+};
+
+}  // namespace vivace

@@ -1,0 +1,109 @@
+"""Graphs: a function of static tensors, captured once and replayed. The CUDA ones; a test may bring others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from threading import Lock
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 2  # the first compiles kernels and fills caches, the second is what will be captured
+_CAPTURING = Lock()  # captures of this process, one at a time
+
+Forward = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+class Graph(Protocol):
+    """A captured function. nbytes: what it keeps besides its inputs."""
+
+    nbytes: int
+
+    def replay(self) -> Tensor:
+        """Run it on what its inputs hold now; the result is overwritten by the next replay."""
+        ...
+
+
+class Graphs(Protocol):
+    """Captures functions on devices of one type, `device`."""
+
+    device: str
+
+    def ready(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Inside, this very device is the one that things run on."""
+        ...
+
+    def warm_up(self, forward: Forward, inputs: Mapping[str, Tensor]) -> None:
+        """Run `forward` until a capture would find everything compiled and allocated. Raises what it raises."""
+        ...
+
+    def capture(self, forward: Forward, inputs: Mapping[str, Tensor]) -> Graph:
+        """`forward` of these very tensors as a graph. Raises RuntimeError when it cannot be captured."""
+        ...
+
+
+class CudaGraph:
+    """A `torch.cuda.CUDAGraph` with its result."""
+
+    def __init__(self, graph: Any, result: Tensor, nbytes: int) -> None:
+        self.graph, self.result, self.nbytes = graph, result, nbytes
+
+    def replay(self) -> Tensor:
+        """Launch it on the current stream."""
+        self.graph.replay()
+        return self.result
+
+
+class CudaGraphs:
+    """CUDA graphs over one memory pool. They never run at the same time, so that they share what lives inside one."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def ready(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Makes it the current device."""
+        return torch.cuda.device(device)
+
+    def warm_up(self, forward: Forward, inputs: Mapping[str, Tensor]) -> None:
+        """Run it on a side stream, as a capture needs."""
+        current = torch.cuda.current_stream()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                forward(inputs)
+        current.wait_stream(side)
+
+    def capture(self, forward: Forward, inputs: Mapping[str, Tensor]) -> CudaGraph:
+        """`forward` as a graph in the shared pool; one that cannot be captured leaves the pool to the others."""
+        with _CAPTURING:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = forward(inputs)
+            except RuntimeError:
+                self._pool = None
+                raise
+            return CudaGraph(graph, result, max(0, torch.cuda.memory_reserved() - before))
+
+
+class Unrecorded:
+    """Stands for a graph where there can be none: calls the function."""
+
+    nbytes = 0
+
+    def __init__(self, forward: Forward, inputs: Mapping[str, Tensor]) -> None:
+        self.forward, self.inputs = forward, inputs
+
+    def replay(self) -> Tensor:
+        """Run it as it is."""
+        return self.forward(self.inputs)

@@ -1,0 +1,111 @@
+"""A linear layer of 8-bit integers: exact sums, scales by token and by channel, and the epilogue of `linear`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vivace.errors import DtypeError, ShapeError
+from vivace.kernels.linear.check import check_epilogue, check_place
+from vivace.kernels.norm_modulate.check import dtype_name
+from vivace.kernels.spec import choose, define, load
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vivace.kernels.linear.packed import PackedWeight
+
+__all__ = ["int8_linear"]
+
+MOST_DEPTH = (1 << 17) - 1  # products of two numbers in [-128, 127] whose sum int32 always holds
+RESULTS = ("float32", "bfloat16", "float16", "float64")
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + gate * act(x_scale weight_scale (x W^T) + bias), each of bias, gate, residual that is None left out.
+
+    x W^T is an exact int32 sum; what follows is float32 arithmetic, rounded once to the result (float64 scales: all in
+    float64, in the reference only). A row's bits depend on that row alone.
+
+    Args:
+        x: int8 [..., K], rows anywhere, 1 <= K < 2^17; weight: int8 [N, K]. Elements of a row lie side by side.
+        x_scale: float32 [...], one a row of x; weight_scale: float32 [N]: real x = x_scale x, `quantize_tokens`.
+        bias: [N], float32 or the dtype of the result; activation: "none" | "gelu" | "gelu_tanh" | "silu".
+        gate: [N], [B, N], [B, tokens, N] or of the result's rank, with 1 for axes that share it; B is the first axis of
+            x, tokens the product of those between it and K.
+        residual, out: [..., N], dtype of the result; out may be residual.
+        out_dtype: float32 | bfloat16 | float16 (float64 with float64 scales); None: that of out, else bfloat16.
+        backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
+    Returns: [..., N]. No gradients.
+    Raises: ShapeError, DtypeError, ArgumentError, BackendError.
+    Source: Dettmers et al. 2022, section 2.1 (vector-wise scales); Xiao et al. 2023 (W8A8).
+    """
+    _check_integers(x, weight, x_scale, weight_scale)
+    shape = (*x.shape[:-1], len(weight))
+    dtype = _result_dtype(x_scale, out, out_dtype)
+    check_epilogue("int8_linear", x, shape, dtype, activation, bias, gate, residual, out)
+    choice = choose(SPEC, x.device.type, dtype_name(dtype), backend)
+    if not x.numel() or not len(weight):
+        return x.new_empty(shape, dtype=dtype) if out is None else out
+    result: Tensor = load(SPEC, choice.backend)(
+        x,
+        weight,
+        x_scale,
+        weight_scale,
+        bias,
+        activation=activation,
+        gate=gate,
+        residual=residual,
+        out=out,
+        out_dtype=dtype,
+    )
+    return result
+
+
+def _check_integers(x: Any, weight: Any, x_scale: Any, weight_scale: Any) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        if dtype_name(tensor.dtype) != "int8":
+            raise DtypeError(f"int8_linear: {name} is {dtype_name(tensor.dtype)}, needs int8; see quantize_tokens")
+    if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[-1]:
+        raise ShapeError(
+            f"int8_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, need [..., K] and [N, K]"
+        )
+    if not 1 <= x.shape[-1] <= MOST_DEPTH:
+        raise ShapeError(f"int8_linear: K is {x.shape[-1]}, needs 1 to {MOST_DEPTH}, whose sums int32 holds")
+    for name, scale, shape in (("x_scale", x_scale, x.shape[:-1]), ("weight_scale", weight_scale, weight.shape[:1])):
+        if scale.shape != shape:
+            raise ShapeError(f"int8_linear: {name} has shape {tuple(scale.shape)}, needs {tuple(shape)}")
+        if dtype_name(scale.dtype) not in ("float32", "float64") or scale.dtype != x_scale.dtype:
+            raise DtypeError(f"int8_linear: {name} is {dtype_name(scale.dtype)}, needs float32 (or float64, both)")
+    for name, tensor in (("x", x), ("weight", weight), ("x_scale", x_scale), ("weight_scale", weight_scale)):
+        check_place("int8_linear", name, tensor, x)
+
+
+def _result_dtype(x_scale: Any, out: Any, out_dtype: Any) -> Any:
+    """The dtype of the result. Raises DtypeError."""
+    import torch
+
+    double = x_scale.dtype == torch.float64
+    if out_dtype is None:
+        out_dtype = out.dtype if out is not None else torch.float64 if double else torch.bfloat16
+    name = dtype_name(out_dtype)
+    if name not in RESULTS or (name == "float64") != double:
+        needs = "float64 of float64 scales" if double else "float32, bfloat16 or float16 of float32 scales"
+        raise DtypeError(f"int8_linear: the result is to be {name}, needs {needs}")
+    return out_dtype
+
+
+SPEC = define("int8_linear")

@@ -1,0 +1,58 @@
+"""`int8_linear` on the CPU: csrc/ops/int8_linear.*, packed weights, AVX-512 VNNI, AVX2 or plain C++: exact sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vivace import _C
+from vivace.kernels.gelu.cpu_impl import by_rows
+from vivace.kernels.linear.cpu_impl import ACTIVATION_CODES, Results
+from vivace.kernels.linear.packed import PackedWeight, pack_weight
+from vivace.kernels.philox_normal.cpu_impl import chosen_isa
+
+
+def why_not(device: str, dtype: str) -> str | None:
+    """Why this cannot make results of `dtype` on `device`; None when it can."""
+    chosen_isa()
+    if device != "cpu":
+        return f"it runs CPU tensors, these are on {device}"
+    return "float64 runs on the reference" if dtype == "float64" else None
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """residual + gate * act(x_scale weight_scale (x W^T) + bias), each that is None left out.
+
+    Uses at most `torch.get_num_threads()` threads of the extension's own pool; the bits do not depend on them.
+    """
+    packed, source = weight if isinstance(weight, PackedWeight) else pack_weight(weight), by_rows(x)
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=out_dtype or torch.bfloat16)
+    to, by_row, by_column = Results(out, bias, gate, residual), x_scale.contiguous(), weight_scale.contiguous()
+    samples, tokens, _ = source.stride()
+    _C.int8_linear(
+        to.rows,
+        (source.data_ptr(), samples, tokens),
+        by_row.data_ptr(),
+        packed.numbers,
+        by_column.data_ptr(),
+        to.bias,
+        ACTIVATION_CODES[activation],
+        to.gate,
+        to.residual,
+        source.shape,
+        torch.get_num_threads(),
+    )
+    return to.written()

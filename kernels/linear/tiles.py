@@ -1,0 +1,121 @@
+"""Tiles of the Triton linears: which block of the result a program makes, from the shape class and the dtype alone.
+
+The shape class is the number of rows rounded up to a power of two, with N and K. So the tile, and with it every bit of
+a result, stays the same however many rows of a class there are. The table below serves until `tune` has timed the
+alternatives on a device and kept its choice in the store; a choice that changes one bit of a result is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import Any
+
+from vivace.kernels import store
+
+ROWS = (64, 1 << 16)  # least and most rows of a class; more rows belong to the last
+PROGRAMS = 132  # that a launch should have: multiprocessors of the H100
+GROUP = 8  # row blocks whose programs run side by side, so that they find the weights in the L2 cache
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and columns of the result a program makes, depth it reads at once, warps of it, loads under way."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By dtype of x, largest first. Every tile of a dtype has the depth and the matrix instruction of the others.
+TILES: Mapping[str, tuple[Tile, ...]] = {
+    "bfloat16": (
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 5),
+        Tile(64, 32, 64, 4, 6),
+    ),
+    "int8": (
+        Tile(128, 256, 128, 8, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(128, 64, 128, 4, 4),
+        Tile(64, 128, 128, 4, 4),
+        Tile(64, 64, 128, 4, 5),
+        Tile(64, 32, 128, 4, 6),
+    ),
+    "float32": (
+        Tile(64, 128, 16, 8, 3),
+        Tile(64, 64, 16, 4, 3),
+        Tile(64, 32, 16, 4, 3),
+    ),
+}
+
+
+def tiles(dtype: str) -> tuple[Tile, ...]:
+    """All tiles of a dtype of x; float16 has those of bfloat16."""
+    return TILES["bfloat16" if dtype == "float16" else dtype]
+
+
+def rows_class(rows: int) -> int:
+    """`rows` rounded up to a power of two within ROWS."""
+    least, most = ROWS
+    return min(max(least, 1 << max(0, rows - 1).bit_length()), most)
+
+
+def table(rows: int, columns: int, dtype: str) -> Tile:
+    """The largest tile that gives PROGRAMS programs, else the one that gives most; `rows` of a class."""
+    for tile in tiles(dtype):
+        if -(-rows // tile.rows) * -(-columns // tile.columns) >= PROGRAMS:
+            return tile
+    return tiles(dtype)[-1]
+
+
+def tile_of(rows: int, columns: int, depth: int, dtype: str, device: str) -> Tile:
+    """The tile of x [rows, depth] W [columns, depth] on this device: the tuned one, else that of the table."""
+    return _tile_of(rows_class(rows), columns, depth, dtype, device)
+
+
+def key(rows: int, columns: int, depth: int, dtype: str, device: str, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """Under which `tune` keeps its choice; `rows` of a class."""
+    shape = [rows, columns, depth]
+    return {"what": "linear tile", "shape": shape, "dtype": dtype, "device": device, "versions": dict(versions)}
+
+
+def kept(found: Any, dtype: str) -> Tile | None:
+    """The tile of a stored value; None where it is none of today's."""
+    if not isinstance(found, dict):
+        return None
+    return next((tile for tile in tiles(dtype) if list(astuple(tile)) == found.get("tile")), None)
+
+
+def forget() -> None:
+    """Look tuned tiles up again."""
+    _tile_of.cache_clear()
+
+
+@cache
+def _tile_of(rows: int, columns: int, depth: int, dtype: str, device: str) -> Tile:
+    if device != "cpu":  # the interpreter has nothing to tune
+        found = store.get(key(rows, columns, depth, dtype, device, versions()))
+        if (tile := kept(found.value, dtype)) is not None:
+            return tile
+    return table(rows, columns, dtype)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what decides the machine code."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "triton", "vivace"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,1 @@
+"""Networks compiled for an executor, model by model."""

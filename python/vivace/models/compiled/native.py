@@ -1,0 +1,147 @@
+"""The native DiT compiled for the CPU: a row is one call into C++, or a fixed sequence of torch linears and our ops.
+
+Which of the two is measured on one block, once per number of tokens, and kept on disk: either rounds in its own way.
+In C++ (csrc/runtime/dit.*) a row is packed linears, attention and fused ops over one arena.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vivace.engine.bind import ModelSpec
+from vivace.engine.compiled import Bucket, Evaluation, Hoisted
+from vivace.engine.machine import machine
+from vivace.engine.plan import Variant
+from vivace.errors import UnsupportedError
+from vivace.kernels import store
+from vivace.kernels.spec import CPU, missing
+from vivace.models.compiled.cpp_row import CppRow
+from vivace.models.compiled.hoist import modulation_table
+from vivace.models.compiled.sequence_row import SequenceRow
+from vivace.models.dit import DiT
+
+CPP, SEQUENCE = "C++ row", "torch sequence"
+WAYS: dict[str, type[CppRow] | type[SequenceRow]] = {CPP: CppRow, SEQUENCE: SequenceRow}
+ROUNDS = 7  # of a measurement
+CLEARLY = 1.1  # times as fast as the C++ row is what makes the sequence run
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def native_compiler(
+    model: DiT,
+    spec: ModelSpec,
+    label: Callable[[Any, str], int],
+    fed: Callable[[Sequence[float]], Sequence[float]] = tuple,
+    sign: float = 1.0,
+) -> NativeCompiler:
+    """The compiler of a DiT on the CPU. Raises UnsupportedError with the reason.
+
+    Args:
+        label: the class id of a condition in a branch; fed: what the network is fed at timesteps of a plan; sign: of
+            its output in the prediction.
+    """
+    if model.dtype not in DTYPES:
+        name = str(model.dtype).removeprefix("torch.")
+        raise UnsupportedError(f"the model is {name}; {' and '.join(DTYPES.values())} are compiled")
+    if (reason := missing(CPU)) is not None:
+        raise UnsupportedError(reason)
+    return NativeCompiler(model, spec, label, fed, sign)
+
+
+class NativeCompiler:
+    """Compiles variants of one model. Packed weights are shared with every other session of the model."""
+
+    def __init__(
+        self,
+        model: DiT,
+        spec: ModelSpec,
+        label: Callable[[Any, str], int],
+        fed: Callable[[Sequence[float]], Sequence[float]],
+        sign: float,
+    ) -> None:
+        self.model, self.spec, self.label, self.fed, self.sign = model, spec, label, fed, sign
+        self.measured: dict[int, dict[str, Any]] = {}
+        self._rows: dict[str, CppRow | SequenceRow] = {}
+
+    def why_not(self, variant: Variant) -> str | None:
+        return None  # whatever needs more than whole forwards was refused before
+
+    def compile(self, variant: Variant, bucket: Bucket, shape: Sequence[int]) -> NativeNetwork:
+        found = self._measured(bucket.tokens, shape)
+        row = self.row(found["way"])
+        row.reserve(len(variant.branches), bucket)
+        return NativeNetwork(self, variant, row, f"{found['way']}, {DTYPES[self.model.dtype]}")
+
+    def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted:
+        """Modulation vectors [S, B, 6L + 2, D] float32 of rows at `timesteps`, for each branch of a class."""
+        table = modulation_table(self.model, self.fed(timesteps), [self.label(condition, b) for b in branches])
+        return Hoisted((table, tuple(branches)), {"modulation": table.nbytes})
+
+    def report(self) -> dict[str, Any]:
+        """By number of tokens how rows run and what decided it, ms a block; bytes of the prepared weights."""
+        measured = [f"{tokens} tokens: {_told(found)}" for tokens, found in self.measured.items()]
+        return {"measured": measured, "weights": {name: row.nbytes for name, row in self._rows.items()}}
+
+    def row(self, way: str) -> CppRow | SequenceRow:
+        """Rows run that way, with all weights; made once."""
+        if way not in self._rows:
+            self._rows[way] = WAYS[way](self.model)
+        return self._rows[way]
+
+    def _measured(self, tokens: int, shape: Sequence[int]) -> dict[str, Any]:
+        """The faster way for that many tokens, as measured now, or earlier under the same circumstances."""
+        if tokens not in self.measured:
+            key: dict[str, Any] = {"what": "way of a DiT's row", "model": self.spec.fingerprint, "tokens": tokens}
+            key |= {"dtype": DTYPES[self.model.dtype], "machine": machine(self.model.device) | {"threads": "any"}}
+            kept = store.get(key).value
+            if not isinstance(kept, dict) or kept.get("way") not in WAYS:
+                kept = _measure(self.model, shape, tokens)
+                store.put(key, kept)
+            self.measured[tokens] = kept
+        return self.measured[tokens]
+
+
+class NativeNetwork:
+    """One variant for one bucket: picks each sample's modulation and hands the row over."""
+
+    def __init__(self, compiler: NativeCompiler, variant: Variant, row: CppRow | SequenceRow, how: str) -> None:
+        self.compiler, self.branches, self.row, self.how = compiler, variant.branches, row, how
+
+    def run(self, call: Evaluation) -> tuple[Tensor, ...]:
+        """One prediction [n, C, H, W] per branch, in memory of the row."""
+        tables, picks = [], []
+        for j, hoisted in enumerate(call.hoisted):
+            row = call.rows[j]
+            if hoisted is None:  # nothing left the loop: this row's modulation is computed in it
+                row, hoisted = 0, self.compiler.hoist(call.timesteps[j : j + 1], self.branches, call.conditions[j])
+            table, branches = hoisted.data
+            tables.append(table)
+            picks.append([(row, branches.index(branch)) for branch in self.branches])
+        outs = self.row.run(call.x, call.lanes, tables, picks)
+        return outs if self.compiler.sign == 1.0 else tuple(out.neg_() for out in outs)
+
+
+@torch.inference_mode()
+def _measure(model: DiT, shape: Sequence[int], tokens: int) -> dict[str, Any]:
+    """Milliseconds of one block each way, the least of several in turn, and which is faster."""
+    short = DiT.of(replace(model.config, layers=1), model.state_dict())
+    x, table = torch.zeros((1, *shape), dtype=model.dtype), modulation_table(short, [1.0], [0])
+    rows = {name: make(short) for name, make in WAYS.items()}
+    ms = dict.fromkeys(rows, math.inf)
+    for name, row in [*rows.items()] * ROUNDS:
+        row.reserve(1, Bucket(tokens, 1))
+        start = time.perf_counter()
+        row.run(x, (0,), (table,), (((0, 0),),))
+        ms[name] = min(ms[name], (time.perf_counter() - start) * 1e3)
+    return {"way": CPP if ms[CPP] < CLEARLY * ms[SEQUENCE] else SEQUENCE, "ms": ms}
+
+
+def _told(found: Mapping[str, Any]) -> str:
+    return f"{found['way']}, a block takes " + ", ".join(f"{ms:.2f} ms as {way}" for way, ms in found["ms"].items())
