@@ -34,7 +34,6 @@ BACKEND = "cpu"  # our compiled executor
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 PEERS = ("eager", "inductor", "cachedit", "onnx_runtime", "open_vino")
 SECONDS = {True: 12.0, False: 60.0}  # of timed rounds, quick or not
-LABELS = {True: 4, False: 8}  # pictures that the quality is the mean of
 LATER = ("guidance", "cache", "tokens", "int8")  # factors that this release has not
 RANDOM_LABELS, RANDOM_GUIDANCE, RANDOM_STEPS, TIMED_STEPS = (207, 980), 4.0, 12, 2
 
@@ -84,16 +83,11 @@ class Row:
         return self.times.median * self.scale
 
 
-def emoji_case(quick: bool) -> Case:
-    """The bundled model, its example prompts and the guidance of its card."""
+def emoji_case() -> Case:
+    """The bundled model, some of its prompts and the guidance of its card."""
     model = MODELS["emoji"]
-    labels = tuple(model.opened.prompts.find(prompt).id for prompt in PROMPTS[: LABELS[quick]])
+    labels = tuple(model.opened.prompts.find(prompt).id for prompt in PROMPTS)
     return Case(model, labels, float(model.opened.card["guidance_scale"]))
-
-
-def emoji_reference(count: int) -> Tensor:
-    """The converged latents of the first labels."""
-    return emoji_case(False).converged()[:count]
 
 
 def random_case() -> Case:
@@ -119,7 +113,8 @@ def default_row(case: Case, reference: Tensor | None, timed: int | None = None) 
     row = columns(case, "default", "diffusers", "float32", "ddim", DEFAULT_STEPS)
     row |= {"compile_s": default.seconds, "peak_mb": growth.megabytes}
     if reference is not None:
-        row |= judged(cases.quality(torch.cat([default(i) for i in range(len(case.labels))]), reference))
+        latents = torch.cat([default(i, DEFAULT_STEPS) for i in range(len(case.labels))])
+        row |= judged(cases.quality(latents, reference))
     return Row(row, lambda: default(0, timed or DEFAULT_STEPS), DEFAULT_STEPS / (timed or DEFAULT_STEPS))
 
 
@@ -141,8 +136,7 @@ def vivace_row(case: Case, factor: Factor, best: Mapping[str, Any], reference: T
         return cases.vivace_latents(case, session, case.plan(solver, count))
 
     if reference is None:
-        exact = cases.compile_vivace(case, case.plan(solver, steps), "eager", "float32")
-        decibels = cases.quality(latents(steps), cases.vivace_latents(case, exact, case.plan(solver, steps)))
+        decibels = cases.quality(latents(steps), cases.eager_vivace(case, solver, steps))
     elif factor.solver:
         steps, decibels = cases.settle(latents, steps, reference)
     else:
@@ -166,23 +160,15 @@ def peer_row(
     ready = peer.ready
 
     def latents(count: int) -> Tensor:
-        pictures = range(len(case.labels))
-        draws = (cases.peer_picture(case, ready.call, ready.begin, solver, spacing, count, i) for i in pictures)
-        return torch.cat([one() for one in draws])
+        return cases.peer_latents(case, ready.call, ready.begin, solver, spacing, count)
 
     if reference is None:
-        exact = network(case.model.transformer())
-        draws = (cases.peer_picture(case, exact, _nothing, solver, spacing, steps, i) for i in range(len(case.labels)))
-        decibels = cases.quality(latents(steps), torch.cat([one() for one in draws]))
+        decibels = cases.quality(latents(steps), cases.eager_diffusers(case, solver, spacing, steps))
     else:
         steps, decibels = cases.settle(latents, steps, reference)
     row |= {"steps": steps, "nfe": steps, "spacing": spacing, "peak_mb": growth.megabytes} | judged(decibels)
     call = cases.peer_picture(case, ready.call, ready.begin, solver, spacing, timed or steps)
     return Row(row, call, steps / (timed or steps))
-
-
-def _nothing(steps: int) -> None:
-    """A runtime without state between evaluations."""
 
 
 def judged(decibels: float) -> dict[str, Any]:
@@ -237,8 +223,8 @@ def best_peer(rows: Sequence[Row]) -> Row | None:
 
 def emoji_table(quick: bool) -> list[dict[str, Any]]:
     """The grid and the table of the bundled model."""
-    case = emoji_case(quick)
-    reference = emoji_reference(len(case.labels))
+    case = emoji_case()
+    reference = case.converged()
     ours = list(cases.vivace_grid(case, reference, SOLVERS))
     theirs = list(cases.peer_grid(case, reference, network(case.model.transformer())))
     best = {"vivace": cases.fewest(ours), "diffusers": cases.fewest(theirs)}
@@ -262,8 +248,8 @@ def vs_diffusers_default(quick: bool) -> tuple[list[dict[str, Any]], Claim]:
     name = "e2e.vs_diffusers_default"
     if (reason := _cannot()) is not None:
         return [], Claim(name, ">=", 5.0, reason)
-    case = emoji_case(quick)
-    reference = emoji_reference(len(case.labels))
+    case = emoji_case()
+    reference = case.converged()
     grid = list(cases.vivace_grid(case, reference, SOLVERS[1:]))
     best = cases.fewest(grid)
     if best is None:
@@ -291,7 +277,7 @@ def recompiles(quick: bool) -> tuple[list[dict[str, Any]], Claim]:
     name = "e2e.recompiles_on_number_change"
     if (reason := missing("cpu")) is not None:
         return [], Claim(name, "<=", 0.0, reason)
-    case = emoji_case(quick)
+    case = emoji_case()
     try:
         session = cases.compile_vivace(case, case.plan("unipc", 6), BACKEND, "float32")
     except BackendError as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vivace.bench.artefacts import Artefact
 from vivace.bench.models import BenchModel
 from vivace.bench.peers import Network
+from vivace.bench.peers.eager import network
 from vivace.bench.peers.loop import SOLVERS, SPACINGS, draw, scheduler
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Plan
@@ -115,6 +116,13 @@ def vivace_latents(case: Case, session: Any, plan: Plan) -> Tensor:
             session.abort(state)
 
 
+@cache
+def eager_vivace(case: Case, solver: str, steps: int) -> Tensor:
+    """What our eager float32 session draws."""
+    plan = case.plan(solver, steps)
+    return vivace_latents(case, compile_vivace(case, plan, "eager", "float32"), plan)
+
+
 # ---------------------------------------------------------------- diffusers
 class Pixels(nn.Module):
     """Stands for a VAE where the latent is the picture; keeps what it was given."""
@@ -142,7 +150,7 @@ class Default:
         self.pipe.set_progress_bar_config(disable=True)
         self.seconds = time.perf_counter() - begin
 
-    def __call__(self, i: int = 0, steps: int = DEFAULT_STEPS) -> Tensor:
+    def __call__(self, i: int, steps: int) -> Tensor:
         """Latents [1, C, H, W] of label i."""
         kind = "pil" if self.case.model.opened.pixels else "np"
         generator = torch.Generator().manual_seed(i)
@@ -166,6 +174,20 @@ def peer_picture(
         return draw(call, loop, steps, noise, label, case.null, case.guidance)
 
     return picture
+
+
+def peer_latents(
+    case: Case, call: Network, begin: Callable[[int], object], solver: str, spacing: str, steps: int
+) -> Tensor:
+    """Latents of every label, one picture after the other."""
+    pictures = range(len(case.labels))
+    return torch.cat([peer_picture(case, call, begin, solver, spacing, steps, i)() for i in pictures])
+
+
+@cache
+def eager_diffusers(case: Case, solver: str, spacing: str, steps: int) -> Tensor:
+    """What diffusers draws in eager mode in float32."""
+    return peer_latents(case, network(case.model.transformer()), lambda steps: None, solver, spacing, steps)
 
 
 # ---------------------------------------------------------------- the grid: fewest steps that reach the target

@@ -46,7 +46,7 @@ def steps(out: Path, python: str, wheels: Path, train: bool) -> tuple[Step, ...]
         Step("doctor", 40, (*vivace, "doctor", "--json")),
         Step("tests", 150, (python, *tests, *parallel(python), "tests/kernels")),
         Step("tune", 60, (python, "-m", "vivace.bench.tune", str(out / "tune.json"))),
-        Step("kernels", 100, (*vivace, "bench", "kernels", "--quick", "--out", str(out))),
+        Step("kernels", 130, (*vivace, "bench", "kernels", "--quick", "--out", str(out))),
         Step("denoiser", 150, (python, "-m", "vivace.bench.on_gpu", "denoiser", str(out / "denoiser.json"))),
         Step("e2e", 80, (python, "-m", "vivace.bench.on_gpu", "e2e", str(out / "e2e.json"))),
         Step("generate", 40, (*vivace, "generate", "red heart", "--n", "4", "--out", str(out / "heart.png"))),
@@ -120,8 +120,9 @@ def record(step: Step, status: str, seconds: float, **more: Any) -> dict[str, An
 
 def why_not(step: Step, passed: set[str], left: float) -> str | None:
     """Why a step is not run; None when it is."""
-    if step.left_out is not None:
-        return step.left_out
+    only = os.environ.get("ONLY", "").split()
+    if step.left_out is not None or (only and step.name not in only):
+        return step.left_out or "ONLY names others"
     if step.needs is not None and step.needs not in passed:
         return f"{step.needs} did not pass"
     return None if left >= LEAST else f"{left:.0f} s are left of all"
@@ -134,7 +135,8 @@ def main(out: Path, python: str, wheels: Path) -> int:
     for step in steps(out, python, wheels, os.environ.get("TRAIN") == "1"):
         left = total - (time.monotonic() - begin)
         if dry:
-            note = f"left out: {step.left_out}" if step.left_out else " ".join(step.command)
+            reason = why_not(step, {"build"}, total)
+            note = " ".join(step.command) if reason is None else f"left out: {reason}"
             print(f"{step.name:13} {step.limit:4} s  {note}")
             continue
         if (reason := why_not(step, passed, left)) is not None:

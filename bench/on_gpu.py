@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -175,12 +175,10 @@ def peer(name: str, model: BenchModel, dtype: str, inputs: tuple[Tensor, ...]) -
 
 
 # ---------------------------------------------------------------- one evaluation
-def denoiser() -> list[dict[str, Any]]:
-    """One guided evaluation of every model, ours with the solver step."""
-    rows = []
+def denoiser() -> Iterator[list[dict[str, Any]]]:
+    """One guided evaluation of every model, ours with the solver step; a table each."""
     for name, dtype in DENOISERS:
-        rows += denoiser_rows(MODELS[name], dtype)
-    return rows
+        yield denoiser_rows(MODELS[name], dtype)
 
 
 def denoiser_rows(model: BenchModel, dtype: str) -> list[dict[str, Any]]:
@@ -231,7 +229,7 @@ def described(columns: dict[str, Any], times: Mapping[str, Timing], work: float 
 
 
 # ---------------------------------------------------------------- whole pictures
-def e2e() -> list[dict[str, Any]]:
+def e2e() -> Iterator[list[dict[str, Any]]]:
     """Pictures of the bundled model at matched quality: fewest steps that reach the target, against 50 steps eager."""
     model = MODELS["emoji"]
     opened = model.opened
@@ -250,7 +248,7 @@ def e2e() -> list[dict[str, Any]]:
     timed = [described(row.columns, times) for row in table]
     for each in timed:
         each["over_default"] = times["diffusers"].median / each["ms"]["median"] if "diffusers" in times else None
-    return [{"op": "e2e", "case": "emoji", "tokens": model.tokens, **each} for each in timed + rows]
+    yield [{"op": "e2e", "case": "emoji", "tokens": model.tokens, **each} for each in timed + rows]
 
 
 # (name, executor, dtype, solver, steps; None: the fewest that reach the target)
@@ -361,24 +359,26 @@ THEIRS: tuple[tuple[str, str, str, int | None, tuple[str, ...]], ...] = (
 )
 
 
+SUITES: Mapping[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {"denoiser": denoiser, "e2e": e2e}
+
+
 def main(suite: str, out: Path | None) -> int:
-    """Run a suite, print its rows, write them. Returns 1 where it cannot run."""
+    """Run a suite; print and write each table when it is there. Returns 1 where it cannot run."""
     if not device.present():
         print("bench on_gpu: torch sees no CUDA device", file=sys.stderr)
         return 1
+    rows: list[dict[str, Any]] = []
     try:
-        rows = {"denoiser": denoiser, "e2e": e2e}[suite]()
+        for table in SUITES[suite]():
+            rows += [{"device": device.name(), "driver": device.driver(), **row} for row in table]
+            for row in table:
+                ms = f"{row['ms']['median']:9.3f} ms" if "ms" in row else row["reason"]
+                print(f"{row['case']:12} {row['backend']:28} {row['dtype']:9} {ms}", flush=True)
+            if out is not None:
+                out.write_text(json.dumps(report(f"{suite} on a GPU", rows, []), indent=1) + "\n")
     except VivaceError as error:
         print(error, file=sys.stderr)
         return 1
-    told = report(
-        f"{suite} on a GPU", [{"device": device.name(), "driver": device.driver(), **row} for row in rows], []
-    )
-    for row in told["rows"]:
-        ms = row["ms"]["median"] if "ms" in row else float("nan")
-        print(f"{row['case']:12} {row['backend']:28} {row.get('dtype', ''):9} {ms:9.3f} ms", row.get("reason") or "")
-    if out is not None:
-        out.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 
 

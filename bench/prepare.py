@@ -47,7 +47,7 @@ def artefacts() -> Iterator[Artefact]:
 def latents() -> None:
     """Converged latents of the bundled model."""
     solvers.prepare()
-    e2e.emoji_case(False).converged()
+    e2e.emoji_case().converged()
 
 
 def main() -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from vivace.errors import VivaceError
-from vivace.kernels.linear.tiles import table
 from vivace.kernels.linear.tune import tune
 
 SECONDS = 45.0  # after which no further shape begins
@@ -47,7 +46,7 @@ def main(out: Path | None) -> int:
         except VivaceError as error:
             print(error, file=sys.stderr)
             return 1
-        at_first = tuned.ms.get(table(tuned.shape[0], columns, dtype), float("nan"))
+        at_first = tuned.ms[tuned.table]
         row = {"name": name, "best_ms": tuned.ms[tuned.tile], "table_ms": at_first, **tuned.to_dict()}
         told.append(row | {"tflop_per_s": 2e-9 * tuned.shape[0] * columns * depth / row["best_ms"]})
         print(f"{name:22} {dtype:9} {rows:5} rows  {row['tile']}  {row['best_ms']:.4f} ms, table {at_first:.4f} ms")

@@ -39,8 +39,8 @@ def make(model: BenchModel, dtype: str, batch: int, threads: int) -> Ready:
     compiled: Any = torch._inductor.aoti_load_package(str(place / FILE))
 
     def call(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        with torch.inference_mode():
-            prediction: Tensor = compiled(x.to(getattr(torch, dtype)), t, labels)
+        with torch.inference_mode():  # the code takes strides for granted
+            prediction: Tensor = compiled(x.to(getattr(torch, dtype)).contiguous(), t.contiguous(), labels.contiguous())
             return prediction.float()
 
     call(*model.inputs(batch))

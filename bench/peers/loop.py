@@ -36,7 +36,7 @@ def draw(call: Network, solver: Any, steps: int, noise: Tensor, labels: Tensor, 
     x = noise * solver.init_noise_sigma
     for timestep in solver.timesteps:
         scaled = solver.scale_model_input(x, timestep)
-        prediction = call(torch.cat((scaled, scaled)), timestep.float().expand(2 * count), both)
+        prediction = call(torch.cat((scaled, scaled)), timestep.float().repeat(2 * count), both)
         cond, uncond = prediction[:count], prediction[count:]
         x = solver.step(uncond + guidance * (cond - uncond), timestep, x, return_dict=False)[0]
     return x

@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kStrip = 48;                        // rows of scores at a time: 48 KiB of 256 keys
 constexpr int64_t kKeyElements = int64_t{1} << 15;    // of a block of keys: with its values half a second-level cache
 constexpr int64_t kQueryElements = int64_t{1} << 16;  // of the sums that wait for the next block of keys
-constexpr int64_t kLeastQueries = 2 * kStrip;  // of a task: packing keys and values costs as much as some 10 queries
-constexpr int64_t kTasks = 32;                 // wanted, for that many threads
+constexpr int64_t kLeastQueries = 2 * kStrip;  // of a task: packing keys and values costs as much as some 12 queries
+constexpr int64_t kTasks = 16;                 // wanted, for that many threads
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

@@ -26,7 +26,24 @@ struct Product {
   int64_t pitch, depth;
   float* c;
   int64_t c_stride;
-  bool add;  // to what c holds; else c is overwritten
+  bool add;                    // to what c holds; else c is overwritten
+  const char* next = nullptr;  // a panel's part of this size that is wanted afterwards, to be brought into the cache
+};
+
+// Asks for one line of `next` a step; where there is none, for one that is there.
+class Ahead {
+ public:
+  template <typename T>
+  explicit Ahead(const Product<T>& p)
+      : at_(p.next == nullptr ? reinterpret_cast<const char*>(p.b) : p.next), line_(p.next == nullptr ? 0 : 64) {}
+  void step() {
+    __builtin_prefetch(at_);
+    at_ += line_;
+  }
+
+ private:
+  const char* at_;
+  int64_t line_;
 };
 
 template <int kVectorsWide, int kRows>
@@ -62,7 +79,9 @@ static void micro_kernel(const Product<float>& p) {
   }
   const float *a = p.a, *b = p.b;
   const int64_t stride = p.a_stride, pitch = p.pitch;
+  Ahead ahead(p);
   for (int64_t k = 0; k < p.depth; ++k, b += pitch) {
+    ahead.step();
     add_products(sum, [&](int i) { return set1(a[i * stride + k]); }, [&](int j) { return load(b + j * kLanes); });
   }
   put_sums(sum, p.c, p.c_stride, p.add);
@@ -109,8 +128,12 @@ static void micro_kernel(const Product<uint16_t>& p) {
   }
   const uint16_t *a = p.a, *b = p.b;
   const int64_t stride = p.a_stride, step = 2 * p.pitch;
+  Ahead ahead(p);
   int64_t k = 0;
-  for (; k + 1 < p.depth; k += 2, b += step) add_pairs(sum, a + k, stride, b, false);
+  for (; k + 1 < p.depth; k += 2, b += step) {
+    ahead.step();
+    add_pairs(sum, a + k, stride, b, false);
+  }
   if (k < p.depth) add_pairs(sum, a + k, stride, b, true);
   put_sums(sum, p.c, p.c_stride, p.add);
 }
@@ -140,12 +163,15 @@ VV_INLINE void each_strip(int64_t rows, const Body& body) {
   }
 }
 
+// A step of depth reads four lines of a panel and asks for one, so the first four strips ask for all of `next`.
 template <int kUnits, typename T>
 static void multiply_rows(Product<T> p, int64_t rows) {
+  int asked = 0;
   each_strip<kGemmRows>(rows, [&](auto strip) {
     constexpr int kRows = decltype(strip)::value;
     micro_kernel<kRows, kUnits>(p);
     p.a += kRows * p.a_stride, p.c += kRows * p.c_stride;
+    if (p.next != nullptr) p.next = ++asked < 4 ? p.next + p.depth / kPair<T> * 64 : nullptr;
   });
 }
 
@@ -161,6 +187,7 @@ static void multiply(Product<T> p, int64_t rows, int units) {
       units == 3 ? multiply_rows<3>(p, rows) : units == 2 ? multiply_rows<2>(p, rows) : multiply_rows<1>(p, rows);
     }
     p.b += kMaxUnits * kUnit * kPair<T>, p.c += kMaxUnits * kUnit;
+    p.next = nullptr;
   }
 }
 

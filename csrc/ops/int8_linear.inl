@@ -107,7 +107,9 @@ static void int8_kernel(const Int8Product& p) {
   int64_t k = 0;
   for (; k + 4 <= p.depth; k += 4, b += 4 * kPanel) add_quads(sum, a + k, p.a_stride, b, 4);
   if (k < p.depth) add_quads(sum, a + k, p.a_stride, b, p.depth - k);
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kWide; ++j) store_ints(p.c + i * kPanel + j * kIntLanes, sum[i][j]);
   }
 }

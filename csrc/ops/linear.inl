@@ -1,4 +1,10 @@
 // A block of rows by a panel: products into a tile of float32, then bias, activation, gate and residual on the way out.
+//
+// Floor: multiply-adds, 64 (float32) or 128 (bfloat16) operations a cycle of AVX-512. Tried on one Zen 5 core, mean
+// GFLOP/s of 14 linears of DiT, float32 / bfloat16, of 235 / 470 there are, weights from memory:
+// - as it is 216 / 437; not asking for the next block of depth while this one is multiplied 207 / 420, with 64 rows 213
+//   and 188; asking for the panel or the rows a few steps ahead: nothing;
+// - blocks of rows of 24, 48, 96 and of depth of 96 to 1024: alike within 2 %.
 
 namespace vivace::VV_NAMESPACE {
 
@@ -110,7 +116,9 @@ static void multiply_tile(const LinearArgs& args, const LinearSplit& split, cons
   int64_t k = 0;
   do {  // a depth of 0 has sums too
     const int64_t block = depth - k < kDepthBlock<T> ? depth - k : kDepthBlock<T>;
-    multiply<T>({x + k, split.stride, panel + k * kPanel, kPanel, block, sums, kPanel, k > 0}, tile.rows, units);
+    const T *here = panel + k * kPanel, *next = here + block * kPanel;  // at the end of a panel begins the next one
+    multiply<T>({x + k, split.stride, here, kPanel, block, sums, kPanel, k > 0, reinterpret_cast<const char*>(next)},
+                tile.rows, units);
     k += block;
   } while (k < depth);
 }

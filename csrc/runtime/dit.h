@@ -7,6 +7,13 @@
 //
 // A row is a fixed sequence of stages (patches, stem, L x (norm, qkv, attention, out, norm, up, down), norm, final,
 // pixels) on a team of threads that is woken once; gates, residuals and GELU are epilogues of the linears.
+//
+// Two threads of Zen 5, ms a row in bfloat16 | float32: six blocks of width 192 on 64 tokens, two branches 1.1 | 1.9;
+// DiT-B/2 on 256 tokens 64 | 119, two branches 120 | 231; DiT-XL/2 314 | 594. Linears run at 740 to 810 | 395 to 405
+// GFLOP/s; norms and the rest take 0.9 | 0.5 % of the time (6.7 | 2.9 % of the smallest model's), a stage costs 1 us
+// besides its tasks. So a norm merged into the linear before it could gain no more than that share. Tried in vain:
+// blocks of 24 rows in linears of few tasks (between two runs of the same code lay more), longer and shorter waits
+// between stages (core/spin.h).
 #pragma once
 
 #include <cstdint>

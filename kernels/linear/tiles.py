@@ -15,6 +15,7 @@ from typing import Any
 from vivace.kernels import store
 
 ROWS = (64, 1 << 16)  # least and most rows of a class; more rows belong to the last
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 PROGRAMS = 132  # that a launch should have: multiprocessors of the H100
 GROUP = 8  # row blocks whose programs run side by side, so that they find the weights in the L2 cache
 
@@ -28,6 +29,10 @@ class Tile:
     depth: int
     warps: int
     stages: int
+
+    def shared(self, dtype: str) -> int:
+        """Bytes of shared memory that its loads take."""
+        return (self.rows + self.columns) * self.depth * self.stages * ITEM_BYTES[dtype]
 
 
 # By dtype of x, largest first. Every tile of a dtype has the depth and the matrix instruction of the others.
@@ -56,9 +61,10 @@ TILES: Mapping[str, tuple[Tile, ...]] = {
 }
 
 
-def tiles(dtype: str) -> tuple[Tile, ...]:
-    """All tiles of a dtype of x; float16 has those of bfloat16."""
-    return TILES["bfloat16" if dtype == "float16" else dtype]
+def tiles(dtype: str, shared: int | None = None) -> tuple[Tile, ...]:
+    """All tiles of a dtype of x, of those that fit `shared` bytes of shared memory; float16 has those of bfloat16."""
+    found = TILES["bfloat16" if dtype == "float16" else dtype]
+    return found if shared is None else tuple(tile for tile in found if tile.shared(dtype) <= shared) or found[-1:]
 
 
 def rows_class(rows: int) -> int:
@@ -67,17 +73,21 @@ def rows_class(rows: int) -> int:
     return min(max(least, 1 << max(0, rows - 1).bit_length()), most)
 
 
-def table(rows: int, columns: int, dtype: str) -> Tile:
-    """The largest tile that gives PROGRAMS programs, else the one that gives most; `rows` of a class."""
-    for tile in tiles(dtype):
+def table(rows: int, columns: int, dtype: str, shared: int | None = None) -> Tile:
+    """The largest tile that fits and gives PROGRAMS programs, else the one that gives most; `rows` of a class."""
+    fitting = tiles(dtype, shared)
+    for tile in fitting:
         if -(-rows // tile.rows) * -(-columns // tile.columns) >= PROGRAMS:
             return tile
-    return tiles(dtype)[-1]
+    return fitting[-1]
 
 
-def tile_of(rows: int, columns: int, depth: int, dtype: str, device: str) -> Tile:
-    """The tile of x [rows, depth] W [columns, depth] on this device: the tuned one, else that of the table."""
-    return _tile_of(rows_class(rows), columns, depth, dtype, device)
+def tile_of(rows: int, columns: int, depth: int, dtype: str, device: str, shared: int | None = None) -> Tile:
+    """The tile of x [rows, depth] W [columns, depth] on this device: the tuned one, else that of the table.
+
+    device: its name, under which choices are kept; shared: bytes of shared memory a program may have, None: enough.
+    """
+    return _tile_of(rows_class(rows), columns, depth, dtype, device, shared)
 
 
 def key(rows: int, columns: int, depth: int, dtype: str, device: str, versions: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,12 +109,12 @@ def forget() -> None:
 
 
 @cache
-def _tile_of(rows: int, columns: int, depth: int, dtype: str, device: str) -> Tile:
+def _tile_of(rows: int, columns: int, depth: int, dtype: str, device: str, shared: int | None) -> Tile:
     if device != "cpu":  # the interpreter has nothing to tune
         found = store.get(key(rows, columns, depth, dtype, device, versions()))
         if (tile := kept(found.value, dtype)) is not None:
             return tile
-    return table(rows, columns, dtype)
+    return table(rows, columns, dtype, shared)
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from vivace.errors import ArgumentError
 from vivace.kernels.linear.tiles import GROUP, Tile, tile_of
@@ -24,6 +25,7 @@ from vivace.kernels.philox_normal.triton_impl import on_device
 from vivace.kernels.spec import interpreted
 
 SLICE = 32  # columns the epilogue works on at a time: with more, the registers do not last
+FAILURES = (RuntimeError, ValueError, TritonError)  # of a launch that the device or the compiler refuses
 DTYPES = ("float32", "bfloat16", "float16")
 _NONE, _GELU, _GELU_TANH, _SILU = (tl.constexpr(name) for name in ("none", "gelu", "gelu_tanh", "silu"))
 
@@ -46,8 +48,6 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """residual + gate * act(x W^T + bias), each that is None left out."""
-    if not isinstance(weight, Tensor):
-        raise ArgumentError("linear: a packed weight is for the CPU; give the triton backend the Tensor itself")
     tile = tile_for(x, weight)
     if out is None:
         out = x.new_empty((*x.shape[:-1], len(weight)), dtype=out_dtype or x.dtype)
@@ -55,9 +55,12 @@ def linear(
 
 
 def tile_for(x: Tensor, weight: Tensor) -> Tile:
-    """The tile of x W^T, from the shape class, the dtype and the device."""
+    """The tile of x W^T, from the shape class, the dtype and the device. Raises ArgumentError for a packed weight."""
+    if not isinstance(weight, Tensor):
+        raise ArgumentError("linear: a packed weight is for the CPU; give the triton backend the Tensor itself")
     columns, depth = weight.shape
-    return tile_of(x.numel() // depth, columns, depth, dtype_name(x.dtype), device_name(x.device))
+    where = device_name(x.device), shared_bytes(x.device)
+    return tile_of(x.numel() // depth, columns, depth, dtype_name(x.dtype), *where)
 
 
 def launch(
@@ -118,6 +121,14 @@ def device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+
+
+@cache
+def shared_bytes(device: torch.device) -> int | None:
+    """Shared memory that a program may have; None in the interpreter."""
+    if device.type != "cuda":
+        return None
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
 
 
 def by_token(tensor: Tensor) -> Tensor:

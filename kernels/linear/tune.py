@@ -28,9 +28,14 @@ FLUSH_BYTES = 256 << 20  # written between calls: more than an L2 cache holds
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What `tune` found. ms: median time of each tile; refused: tiles that change bits or cannot run, and why."""
+    """What `tune` found, for a shape class.
+
+    table: the tile that stands without tuning; ms: median time of each tile; refused: tiles that change bits or cannot
+    run, and why; not_kept: why the choice could not be stored, None when it was.
+    """
 
     tile: Tile
+    table: Tile
     shape: tuple[int, int, int]
     dtype: str
     device: str
@@ -41,7 +46,7 @@ class Tuned:
     def to_dict(self) -> dict[str, Any]:
         """As JSON; tiles as rows x columns x depth, warps, stages."""
         return {
-            "tile": _name(self.tile), "table": _name(tiles.table(self.shape[0], self.shape[1], self.dtype)),
+            "tile": _name(self.tile), "table": _name(self.table),
             "shape": list(self.shape), "dtype": self.dtype, "device": self.device,
             "ms": {_name(tile): ms for tile, ms in self.ms.items()},
             "refused": {_name(tile): why for tile, why in self.refused.items()}, "not_kept": self.not_kept,
@@ -70,14 +75,15 @@ def tune(
         raise ArgumentError(f"tune: {rows} rows, N {columns}, K {depth}, {dtype}; needs 1 or more and a dtype of tiles")
     if (reason := missing(TRITON)) is not None:
         raise BackendError(f"tune: {reason}; tiles are tuned where they run")
-    from vivace.kernels.linear.triton_impl import device_name
+    from vivace.kernels.linear.triton_impl import device_name, shared_bytes
 
     shape = tiles.rows_class(rows), columns, depth
     run = _problem(*shape, dtype, torch.device(device))
     clock = clock or _device_clock()
-    table = tiles.table(shape[0], columns, dtype)
+    shared = shared_bytes(torch.device(device))
+    table = tiles.table(shape[0], columns, dtype, shared)
     wanted, ms, refused = run(table).clone(), dict[Tile, float](), dict[Tile, str]()
-    for tile in tiles.tiles(dtype):
+    for tile in tiles.tiles(dtype, shared):
         if (why := _refusal(run, tile, wanted)) is None:
             ms[tile] = clock(partial(run, tile))
         else:
@@ -87,7 +93,7 @@ def tune(
     key = tiles.key(*shape, dtype, name, tiles.versions())
     not_kept = store.put(key, {"tile": list(astuple(best)), "ms": ms[best]}, folder=folder)
     tiles.forget()
-    return Tuned(best, shape, dtype, name, ms, refused, not_kept)
+    return Tuned(best, table, shape, dtype, name, ms, refused, not_kept)
 
 
 def _problem(rows: int, columns: int, depth: int, dtype: str, device: torch.device) -> Callable[[Tile], Tensor]:
@@ -111,9 +117,11 @@ def _problem(rows: int, columns: int, depth: int, dtype: str, device: torch.devi
 
 def _refusal(run: Callable[[Tile], Tensor], tile: Tile, wanted: Tensor) -> str | None:
     """Why a tile is not taken, None when it may be."""
+    from vivace.kernels.linear.triton_impl import FAILURES
+
     try:
         result = run(tile)
-    except (RuntimeError, ValueError) as error:  # more shared memory or registers than the device has
+    except FAILURES as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None if torch.equal(result, wanted) else "changes bits"
 

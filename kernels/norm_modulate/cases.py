@@ -77,8 +77,7 @@ def make(
         options["bias"] = draw.vector(width)
     if out is None:
         return Call(args, options)
-    narrow = Draw(out if dtype != "float64" else dtype, device).hidden(shape, layout)
-    return Call(args, options | {"out": narrow}, (narrow,))
+    return Call(args, options | {"out": Draw(out if dtype != "float64" else dtype, device).hidden(shape, layout)})
 
 
 def far_off(hidden: Tensor) -> None:

@@ -1,19 +1,22 @@
 """Timing on a GPU, with a stand-in for the device: candidates in turn, graphs where there can be some, rows, suites."""
 
+import json
 import time
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vivace.bench import device, on_gpu
+from vivace.bench import device, on_gpu, tune
 from vivace.bench.harness import report
 from vivace.bench.kernels import (
     OPS,
     gelu,
     int8_linear,
+    linear,
     philox_normal,
     qk_norm_rope,
     quantize_tokens,
@@ -22,6 +25,7 @@ from vivace.bench.kernels import (
     solver_step,
 )
 from vivace.bench.models import BenchModel, sizes
+from vivace.errors import BackendError
 from vivace.kernels import spec
 
 
@@ -108,14 +112,15 @@ def test_spans_prepare_untimed_and_give_the_time_of_one_call(stand_in):
 def test_every_bench_of_a_kernel_has_rows_on_a_device(stand_in, monkeypatch):
     monkeypatch.setattr(rows, "QUICK", {"small": (2, 8, 64)})
     monkeypatch.setattr(gelu, "QUICK", {"small": ((2, 8, 64), True, "none")})
-    monkeypatch.setattr(int8_linear, "QUICK", {"small": (32, 64, 64, "gelu_tanh")})
+    for module in (int8_linear, linear):
+        monkeypatch.setattr(module, "QUICK", {"small": (32, 64, 64, "gelu_tanh")})
     monkeypatch.setattr(quantize_tokens, "QUICK", {"small": (2, 8, 64)})
     monkeypatch.setattr(qk_norm_rope, "QUICK", {"small": ((1, 8, 2, 32), False)})
     for module in (philox_normal, sample_adjust, solver_step):
         monkeypatch.setattr(module, "SHAPES", {"SDXL": (4, 8, 8)})
     for name in OPS:
         module = import_module(f"vivace.bench.kernels.{name}")
-        if name in ("attention", "linear"):
+        if name == "attention":  # torch's own on a GPU
             continue
         found = module.rows(True)
         assert {"reference", "eager"} == {row["backend"] for row in found}, name
@@ -167,12 +172,26 @@ def test_pictures_reach_the_target_and_are_timed_beside_the_defaults(stand_in, m
     monkeypatch.setattr(on_gpu, "cases_prompts", lambda: ("red heart",))
     monkeypatch.setattr(on_gpu.cases.Case, "converged", lambda case: torch.zeros(1, *case.model.opened.shape))
     monkeypatch.setattr(on_gpu.cases, "quality", lambda latents, reference: 31.0)
-    found = {row["backend"]: row for row in on_gpu.e2e()}
+    found = {row["backend"]: row for row in chain(*on_gpu.e2e())}
     ours, default = found["vivace, solver"], found["diffusers"]
     assert ours["meets"] and ours["steps"] == on_gpu.cases.STEPS[0] and default["steps"] == 3
     assert ours["over_default"] > 0.0 and "absent cannot be imported" in found["cache-dit"]["reason"]
 
 
-def test_without_a_device_the_suite_says_so(capsys):
-    assert on_gpu.main("denoiser", None) == 1
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+def test_every_table_is_written_when_it_is_there(stand_in, monkeypatch, tmp_path, capsys):
+    def suite():
+        yield [{"case": "a", "backend": "vivace", "dtype": "float32", "ms": {"median": 1.0}}]
+        yield [{"case": "a", "backend": "peer", "dtype": "float32", "reason": "not here"}]
+        raise BackendError("out of time")
+
+    monkeypatch.setattr(on_gpu, "SUITES", {"denoiser": suite})
+    assert on_gpu.main("denoiser", tmp_path / "out.json") == 1
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["vivace", "peer"] and rows[0]["device"] == "stand-in"
+    told = capsys.readouterr()
+    assert "1.000 ms" in told.out and "not here" in told.out and "out of time" in told.err
+
+
+def test_without_a_device_the_suites_say_so(capsys):
+    assert on_gpu.main("denoiser", None) == 1 and tune.main(None) == 1
+    assert capsys.readouterr().err.count("torch sees no CUDA device") == 2

@@ -23,6 +23,7 @@ def tiny(tmp_path_factory):
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     patch.setattr(e2e, "SECONDS", {True: 0.0, False: 0.0})
     patch.setattr(e2e, "PEERS", ("eager",))
+    patch.setattr(e2e, "DEFAULT_STEPS", 10)
     patch.setitem(MODELS, "tiny", TINY)
     yield
     patch.undo()
@@ -42,7 +43,7 @@ def test_the_converged_solution_is_kept_and_starts_from_the_pipelines_noise(refe
     assert reference.shape == (2, 4, 8, 8) and torch.equal(CASE.converged(), reference)
     assert torch.equal(CASE.noise[1], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)))
     assert quality(reference, reference) == 200.0
-    default = torch.cat([e2e_cases.Default(CASE)(i) for i in range(2)])
+    default = torch.cat([e2e_cases.Default(CASE)(i, 50) for i in range(2)])
     assert quality(default, reference) > 25  # same noise, same picture
 
 
@@ -77,10 +78,10 @@ def test_the_table_has_default_peers_every_factor_and_those_to_come(table):
     assert len(timed) == len(rows) - len(e2e.LATER)
     assert all(row["reason"] == "not in this release" for row in rows[-len(e2e.LATER) :])
     default = timed[0]
-    assert default["over_default"] == 1.0 and (default["nfe"], default["dtype"]) == (50, "float32")
+    assert default["over_default"] == 1.0 and (default["nfe"], default["dtype"]) == (10, "float32")
     for row in timed:
         assert row["over_default"] == pytest.approx(default["ms"]["median"] / row["ms"]["median"])
-        assert row["percent_of_roofline"] > 0 and row["tokens"] == 16 and row["psnr"] > 20 and "compile_s" in row
+        assert row["percent_of_roofline"] > 0 and row["tokens"] == 16 and row["psnr"] > 15 and "compile_s" in row
 
 
 def test_the_best_peer_is_the_fastest_that_reaches_the_target(table):
@@ -100,8 +101,8 @@ def test_the_best_peer_is_the_fastest_that_reaches_the_target(table):
 def test_random_weights_are_compared_with_the_eager_run_and_scaled_from_few_steps():
     rows = e2e.table(CASE, True, reference=None, best=BEST, timed=2)
     exact = next(row for row in rows if row.columns["factor"] == "none")
-    assert exact.columns["psnr"] == 200.0 and exact.scale == 25
-    assert exact.columns["ms"]["median"] == pytest.approx(25 * exact.times.median)
+    assert exact.columns["psnr"] == 200.0 and exact.scale == 5
+    assert exact.columns["ms"]["median"] == pytest.approx(5 * exact.times.median)
     everything = next(row for row in rows if row.columns["factor"] == "all")
     assert 20 < everything.columns["psnr"] < 200 and everything.scale == 2
 
@@ -123,8 +124,7 @@ def test_changing_numbers_recompiles_nothing():
 
 
 def test_the_default_claim_is_the_ratio_of_its_rows_at_the_target(monkeypatch, reference):
-    monkeypatch.setattr(e2e, "emoji_case", lambda quick: CASE)
-    monkeypatch.setattr(e2e, "emoji_reference", lambda count: reference[:count])
+    monkeypatch.setattr(e2e, "emoji_case", lambda: CASE)
     data = bench.run("e2e", claim="e2e.vs_diffusers_default", quick=True)
     (claim,) = data["claims"]
     default, ours = (row for row in data["rows"] if row["op"] == "e2e")

@@ -37,8 +37,11 @@ def test_a_runtime_predicts_what_eager_mode_does_or_says_why_not(name, dtype):
     assert peer.ready.compile_s >= 0 and all(peer.ready.versions.values()) and peer.ready.settings
     peer.ready.begin(3)
     x, t, labels = TINY.inputs(2)
-    prediction = peer.ready.call(x, t, labels)
+    prediction = peer.ready.call(x, t, labels).clone()
     assert prediction.shape == x.shape and prediction.dtype == torch.float32
+    peer.ready.begin(3)
+    strided = x.transpose(2, 3).contiguous().transpose(2, 3), t[:1].expand(2), labels  # other strides, the same numbers
+    assert (peer.ready.call(*strided) - prediction).abs().max() <= 1e-5 * prediction.abs().max()
 
 
 @pytest.mark.parametrize("name", RUNTIMES)

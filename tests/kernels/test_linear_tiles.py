@@ -50,6 +50,12 @@ def test_large_results_take_large_tiles_and_small_ones_fill_the_device():
             assert -(-rows // tile.rows) * -(-4608 // tile.columns) >= tiles.PROGRAMS
 
 
+def test_tiles_that_a_device_cannot_hold_are_not_taken():
+    assert tiles.table(16384, 4608, "bfloat16", 99 << 10) == Tile(128, 128, 64, 8, 3)
+    assert tiles.table(16384, 4608, "int8", 48 << 10) == tiles.tiles("int8")[-1]  # none fits: the smallest
+    assert tiles.tile_of(16384, 4608, 1152, "bfloat16", "a smaller one", 99 << 10) == Tile(128, 128, 64, 8, 3)
+
+
 @pytest.mark.parametrize("dtype", tiles.TILES)
 def test_tiles_of_a_dtype_share_depth_and_matrix_instruction(dtype):
     assert len({tile.depth for tile in tiles.tiles(dtype)}) == 1
@@ -140,3 +146,12 @@ def test_triton_gives_a_row_the_same_bits_in_every_shape_class(dtype):
     whole = linear(x, weight, activation="silu", backend="triton")
     for rows in (1, 5, 64, 65, 130):
         assert torch.equal(linear(x[:rows], weight, activation="silu", backend="triton"), whole[:rows])
+
+
+@pytest.mark.backend("triton")
+def test_triton_refuses_a_packed_weight():
+    from vivace.kernels.linear import linear, pack_weight
+
+    device = "cpu" if spec.interpreted() else "cuda"
+    with pytest.raises(ArgumentError, match="packed weight is for the CPU|weight is on cpu"):
+        linear(torch.zeros(2, 8, device=device), pack_weight(torch.zeros(4, 8)), backend="triton")

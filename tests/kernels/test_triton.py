@@ -41,7 +41,7 @@ def processes(tmp_path_factory):
     ]
     pytest_options = ("-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider")
     running = {
-        "interpreter": start(*pytest_options, *files, TRITON_INTERPRET="1"),
+        "interpreter": start(*pytest_options, *files, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
         "compiler": start(HERE / "aot_compile.py", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))),
     }
     return {name: (*process.communicate(timeout=900), process.returncode) for name, process in running.items()}

@@ -6,7 +6,7 @@ import torch
 from vivace import _C
 from vivace.kernels import spec
 from vivace.kernels.linear import pack_weight
-from vivace.models.dit import NORM_EPS, DiT
+from vivace.models.dit import NORM_EPS, DiT, Modulation
 from vivace.models.dit_config import DiTConfig
 
 SIZES = {
@@ -110,9 +110,7 @@ def raw(model, t, labels):
 def exact(model, table, x):
     """Predictions in float64 from the same weights and the same modulation."""
     wide = DiT.of(model.config, {name: value.double() for name, value in model.state_dict().items()})
-    grid = tuple(side // model.config.patch for side in x.shape[2:])
-    wide.position_table = lambda grid: DiT.position_table(model, grid).to(model.dtype).double()
-    wide.positions = wide.position_table(grid)
+    wide._positions_at = lambda grid: model._positions_at(grid).double()
     return torch.stack(run(wide, table.double(), x.double()))
 
 
@@ -122,8 +120,7 @@ def run(model, table, x):
     full = table.clone()
     full[:, :, 1::3] += 1
     full = full.to(model.dtype)
-    blocks = full[:, :, :-2].unflatten(2, (layers, 6)).permute(2, 0, 1, 3, 4)
-    modulation = type(model.condition(torch.zeros(1), torch.zeros(1, 1, dtype=torch.long)))(blocks, full[:, :, -2:])
+    modulation = Modulation(full[:, :, :-2].unflatten(2, (layers, 6)).permute(2, 0, 1, 3, 4), full[:, :, -2:])
     hidden = model.embed(x).repeat(modulation.branches, 1, 1)
     for i in range(layers):
         hidden = model.block(i, hidden, modulation)
@@ -193,18 +190,16 @@ def test_a_larger_arena_serves_smaller_calls_one_after_the_other():
     config = SIZES["plain"]
     model = make(config, torch.float32)
     runner = Runner(model)
-    large, outs = runner.call(*call_of(runner, (16, 16), 3, 2))
-    memory = runner.alive
-    runner.dit.run(**large)
-    assert outs.isfinite().all()
-    for size, n, branches in (((8, 8), 1, 1), ((4, 16), 3, 2), ((2, 2), 2, 1)):
-        small, inside = runner.call(*call_of(runner, size, n, branches))
-        alone = inside.clone()
+    large, _ = runner.call(*call_of(runner, (16, 16), 3, 2))
+    owner = runner.alive
+    for size, n, branches in (((16, 16), 3, 2), ((8, 8), 1, 1), ((4, 16), 3, 2), ((2, 2), 2, 1)):
+        small, outs = runner.call(*call_of(runner, size, n, branches))
         runner.dit.run(**small)
-        alone.copy_(inside)
+        alone = outs.clone()
+        outs.zero_()
         runner.dit.run(**(small | {"arena": large["arena"], "arena_bytes": large["arena_bytes"]}))
-        assert torch.equal(alone, inside) and inside.isfinite().all()
-    del memory
+        assert torch.equal(alone, outs) and outs.isfinite().all()
+    assert owner
 
 
 def call_of(runner, size, n, branches):

@@ -52,7 +52,7 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("models.compiled", ("models", "engine", "kernels", "_C"), {"torch"}),
     ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz"}),
     ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
-    ("bench.peers", ("",), {"numpy", "torch", "diffusers", "cache_dit", "nncf", "onnx", "onnxruntime", "openvino"}),
+    ("bench.peers", ("",), {"numpy", "torch", "diffusers", "cache_dit", "onnx", "onnxruntime", "openvino"}),
     (
         "bench.peers",
         ("bench", "kernels", "errors"),

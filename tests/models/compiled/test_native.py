@@ -29,6 +29,7 @@ def forced(monkeypatch, way):
     """Every row runs that way, whatever a measurement says."""
     monkeypatch.setattr(native, "_measure", lambda *_: {"way": way, "ms": {way: 1.0}})
     monkeypatch.setattr(native.store, "get", lambda key: store.Found(None, "forced"))
+    monkeypatch.setattr(native.store, "put", lambda key, value: None)
 
 
 @pytest.mark.parametrize("way", list(native.WAYS))
@@ -69,6 +70,19 @@ def test_threads_do_not_change_a_bit(pipe, monkeypatch, way):
     plan = plan_of(pipe, 2)
     one, two = (pipe.compile(plan, backend="cpu", threads=threads)("tree", seed=1).latents for threads in (1, 2))
     assert torch.equal(one, two)
+
+
+def test_a_session_without_threads_of_its_own_follows_torch_to_more_of_them(pipe, monkeypatch):
+    forced(monkeypatch, native.CPP)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        session = pipe.compile(plan_of(pipe, 2), backend="cpu")
+        one = session("tree", seed=1).latents
+        torch.set_num_threads(max(before, 3))
+        assert torch.equal(session("tree", seed=1).latents, one)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_left_the_loop_is_on_the_receipt_with_its_bytes(pipe):

@@ -67,6 +67,8 @@ class CppRow:
         self.model, self.weights = model, packed(model)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._arena = _aligned(0)
+        self._sizes: tuple[int, ...] = (1, 1, 1)  # rows, samples, tokens the arena has room for
+        self._threads = 1
         self._positions = lru_cache(KEPT)(self._table)
         self._out = lru_cache(KEPT)(partial(torch.empty, dtype=torch.float32))
 
@@ -77,8 +79,14 @@ class CppRow:
 
     def reserve(self, branches: int, bucket: Bucket) -> None:
         """Make the arena large enough for that many branches of a bucket."""
-        rows = branches * bucket.samples
-        need = self.weights.runner.arena_bytes(rows, bucket.samples, bucket.tokens, torch.get_num_threads())
+        sizes = branches * bucket.samples, bucket.samples, bucket.tokens
+        self._sizes = tuple(map(max, self._sizes, sizes))
+        self._grow(torch.get_num_threads())
+
+    def _grow(self, threads: int) -> None:
+        """Room for all that was reserved, on that many threads."""
+        self._threads = max(self._threads, threads)
+        need = self.weights.runner.arena_bytes(*self._sizes, self._threads)
         if need > self._arena.nbytes:
             self._arena = _aligned(need)
 
@@ -92,6 +100,9 @@ class CppRow:
         nanoseconds of linears, attention, norms and the rest in `clocked`.
         """
         capacity, channels, height, width = x.shape
+        threads = torch.get_num_threads()
+        if threads > self._threads:
+            self._grow(threads)
         size, branches = (height, width), len(picks[0])
         out = self._out((branches, len(lanes), channels, height, width))
         modulations = [
@@ -109,7 +120,7 @@ class CppRow:
             outs=[part.data_ptr() for part in out],
             arena=self._arena.data_ptr(),
             arena_bytes=self._arena.nbytes,
-            threads=torch.get_num_threads(),
+            threads=threads,
             clock=clock,
         )
         return out.unbind(0)
