@@ -119,14 +119,16 @@ CASES: dict[str, Callable[[torch.dtype], Network]] = {"DiT-S/2 x2": dit, "SD3-li
 
 
 def case_rows(case: str, dtype: str, quick: bool) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
-    """Rows of one network, eager, fused and compiled, and their times; refuses to time a wrong result."""
+    """Rows of one network: eager, with our ops, with packed linears too, compiled; refuses to time a wrong result."""
     network = CASES[case](getattr(torch, dtype))
-    stand_in, fused = fuse(network.module)
+    made = {"fused": fuse(network.module)} | ({} if quick else {"packed": fuse(network.module, pack=True)})
+    modules = {"eager": network.module} | {name: stand_in for name, (stand_in, _) in made.items()}
     exact = network.exact()
-    errors = {name: error_of(network.run(module), exact) for name, module in _named(network.module, stand_in)}
-    if not errors["fused"] <= 2 * errors["eager"] + UNIT_ROUNDOFF[dtype]:
-        raise BackendError(f"bench denoiser: {case} {dtype}: fused errs by {errors['fused']:.2g}; nothing was timed")
-    candidates = {name: _candidate(network, module) for name, module in _named(network.module, stand_in)}
+    errors = {name: error_of(network.run(module), exact) for name, module in modules.items()}
+    for name in made:
+        if not errors[name] <= 2 * errors["eager"] + UNIT_ROUNDOFF[dtype]:
+            raise BackendError(f"bench denoiser: {case} {dtype}: {name} errs by {errors[name]:.2g}; nothing was timed")
+    candidates = {name: _candidate(network, module) for name, module in modules.items()}
     traffic = elementwise_bytes(network)
     candidates["copy"] = copies(traffic, network.hidden)
     compiled, seconds, reason = (None, None, "not compiled in a quick run") if quick else compile_network(network)
@@ -135,18 +137,14 @@ def case_rows(case: str, dtype: str, quick: bool) -> tuple[list[dict[str, Any]],
         errors["torch.compile"] = error_of(network.run(compiled), exact)
     times = interleave(candidates, seconds=SECONDS[quick])
     rows = []
-    for backend in ("eager", "fused", "torch.compile"):
+    for backend in (*modules, "torch.compile"):
         row = describe(backend, case, dtype, times) | {"error": errors.get(backend), "floor_bytes": traffic}
-        if backend == "fused":
-            row |= {"replaced": fused.to_dict()["replaced"]}
+        if backend in made:
+            row |= {"replaced": made[backend][1].to_dict()["replaced"]}
         if backend == "torch.compile":
             row |= {"compile_s": seconds, "reason": reason}
         rows.append(row)
     return rows, times
-
-
-def _named(plain: Any, stand_in: Any) -> tuple[tuple[str, Any], ...]:
-    return ("eager", plain), ("fused", stand_in)
 
 
 def _candidate(network: Network, module: Any) -> Candidate:
@@ -216,7 +214,7 @@ def fused_vs_eager(short: str, quick: bool) -> tuple[list[dict[str, Any]], Claim
         return [], Claim(name, ">=", 1.0, reason)
     rows, times = case_rows(case, dtype, quick)
     value, interval = ratio_of_medians([times["eager"]], [times["fused"]], SEED)
-    eager, fused, _ = rows
+    eager, fused = rows[:2]
     how = (
         f"{case}, {dtype}, {torch.get_num_threads()} threads, forward under inference mode, fresh outputs both; error "
         f"against float64 {fused['error']:.2g}, eager {eager['error']:.2g}; medians of interleaved rounds"

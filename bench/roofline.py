@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vivace.kernels.linear import linear, pack_weight
+from vivace.kernels.spec import CPU, missing
+
 ROWS, DEPTH, COLUMNS = 1024, 1152, 4608
 SPAN = 0.2  # seconds for each candidate
 
@@ -42,3 +45,6 @@ def _products(dtype: str) -> Iterator[Callable[[], Any]]:
         ops: Any = torch.ops.mkldnn
         packed = ops._reorder_linear_weight(weight, ROWS)
         yield lambda: ops._linear_pointwise(x, packed, None, "none", [], "")
+    if missing(CPU) is None:
+        ours = pack_weight(weight)
+        yield lambda: linear(x, ours)

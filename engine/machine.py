@@ -1,7 +1,8 @@
-"""What figures measured here depend on: processor, instruction set, threads, versions; part of their key."""
+"""What figures measured here depend on: processor, instruction set, threads, settings, versions; part of their key."""
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     import torch
 
     place = {"vivace": __version__, "torch": torch.__version__, "device": device.type}
+    place |= {"backend": os.environ.get("VIVACE_BACKEND") or "auto", "products": torch.get_float32_matmul_precision()}
     if device.type == "cuda":
         return place | {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return place | {"name": processor(), "isa": instruction_set(), "threads": torch.get_num_threads()}

@@ -19,7 +19,8 @@ from torch import Tensor
 from vivace.engine.lower import Lowered
 from vivace.kernels.solver_step.table import StepTable
 
-Launch = Callable[[Sequence[int]], object]  # of solver steps over the memory of a pool; it is given the row numbers
+# Solver steps over the memory of a pool, given the row numbers; None: nothing can be bound to that memory.
+Launch = Callable[[Sequence[int]], object] | None
 
 
 @dataclass(slots=True, eq=False)

@@ -35,7 +35,7 @@ class Probe:
     def cover(self, plan: Plan) -> None:
         """Probe the sets of branches of `plan` that were not probed yet."""
         for branches in {variant.branches for variant in plan.variants} - self.ms.keys():
-            found = self._kept(branches) or self._run(branches)
+            found = self._kept(branches) or self._together(branches)
             self.one_by_one, self.ms[branches] = self.one_by_one or found[0], found[1]
 
     def predict_ms(self, plan: Plan, branches: tuple[str, ...], n: int) -> float | None:
@@ -67,6 +67,14 @@ class Probe:
             case {"one_by_one": (str() | None) as reason, "ms": [float() as one, float() as three]}:
                 return reason, (one, three)
         return None
+
+    def _together(self, branches: tuple[str, ...]) -> Found:
+        """As `_run`, samples sharing a forward whatever earlier sets of branches showed: the outcome is kept."""
+        before, self.executor.one_by_one = self.executor.one_by_one, None
+        try:
+            return self._run(branches)
+        finally:
+            self.executor.one_by_one = before
 
     def _run(self, branches: tuple[str, ...]) -> Found:
         """Three samples alone and together: compare their bits, time the later call of each kind."""

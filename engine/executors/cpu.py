@@ -70,7 +70,8 @@ class CpuExecutor:
     ) -> tuple[Tensor, ...]:
         lanes, times = tuple(range(len(x))), tuple(timesteps)
         hoisted = tuple(self._hoists.of_rows(times, variant.branches, condition) for condition in conditions)
-        return self._run(Evaluation(x, lanes, lanes, times, tuple(conditions), hoisted), variant, tuple(x.shape[1:]))
+        call = Evaluation(x.contiguous(), lanes, lanes, times, tuple(conditions), hoisted)
+        return self._run(call, variant, tuple(x.shape[1:]))
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         ways = dict.fromkeys(network.how for network in self.networks.values())

@@ -45,10 +45,10 @@ class Graphs(Protocol):
 
 
 class CudaGraph:
-    """A `torch.cuda.CUDAGraph` with its result."""
+    """A `torch.cuda.CUDAGraph` with its result. It reads memory that `forward` brought along, so it keeps that too."""
 
-    def __init__(self, graph: Any, result: Tensor, nbytes: int) -> None:
-        self.graph, self.result, self.nbytes = graph, result, nbytes
+    def __init__(self, graph: Any, forward: Forward, result: Tensor, nbytes: int) -> None:
+        self.graph, self.forward, self.result, self.nbytes = graph, forward, result, nbytes
 
     def replay(self) -> Tensor:
         """Launch it on the current stream."""
@@ -63,6 +63,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None  # of the device that captures; torch's own belongs to the first one in the process
 
     def ready(self, device: torch.device) -> AbstractContextManager[Any]:
         """Makes it the current device."""
@@ -83,17 +84,20 @@ class CudaGraphs:
         with _CAPTURING:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+                with torch.cuda.graph(graph, **options):
                     result = forward(inputs)
             except RuntimeError:
                 self._pool = None
                 raise
-            return CudaGraph(graph, result, max(0, torch.cuda.memory_reserved() - before))
+            return CudaGraph(graph, forward, result, max(0, torch.cuda.memory_reserved() - before))
 
 
 class Unrecorded:

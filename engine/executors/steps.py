@@ -50,7 +50,10 @@ def _again(group: Group, pool: Pool, outs: Sequence[Tensor], rows: tuple[int, ..
     key = (group.lanes, group.seeds, group.pictures, where, torch.get_num_threads())
     given: Any = {"net": pool.net, "tensors": pool.tensors, "seeds": group.seeds, "pictures": group.pictures}
     launch = pool.call(key, lambda: bind_step(pool.state, outs, pool.table, rows, group.lanes, **given))
-    launch(rows)
+    if launch is None:
+        solver_step(pool.state, outs, pool.table, rows, group.lanes, **given)
+    else:
+        launch(rows)
 
 
 def _on_device(positions: Tensor, device: torch.device) -> Tensor:

@@ -89,11 +89,13 @@ def bind_step(
     tensors: Sequence[Tensor],
     seeds: Sequence[int],
     pictures: Sequence[int],
-) -> Callable[[Sequence[int]], object]:
+) -> Callable[[Sequence[int]], object] | None:
     """rows -> solver_step(pool, outs, table, rows, index, ...): the launch of a loop, with its tensors checked once.
 
-    Arguments are those of `solver_step`; `rows` are those of the first call, and none has adjusted outputs. The caller
-    keeps every tensor where it is. Later rows, and what their codes reach, are checked in C++ (ValueError).
+    Arguments are those of `solver_step`; `rows` are those of the first call, and none has adjusted outputs. The launch
+    holds addresses, not tensors: the caller keeps every tensor where it is. None where nothing can be bound, on other
+    devices and dtypes or when a tensor has to be copied first: call `solver_step`. Later rows, and what their codes
+    reach, are checked in C++ (ValueError).
     Raises: ShapeError, DtypeError, ArgumentError, BackendError.
     """
     from vivace.kernels.solver_step.check import prepare
@@ -103,7 +105,7 @@ def bind_step(
     call = prepare("solver_step", pool, outs, table, rows, index, net, tensors, seeds, pictures)
     kept = all(own is out for own, out in zip(call.outs, outs, strict=True)) and call.table is table
     if choice.backend != CPU or not kept or not pool.numel():
-        return lambda rows: solver_step(pool, outs, table, rows, index, **given)
+        return None
     from vivace.kernels.solver_step.cpu_impl import bound
 
     return bound(pool, outs, table, index, **given)

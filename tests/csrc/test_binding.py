@@ -218,7 +218,7 @@ def rows_call(**changes: Any) -> np.ndarray:
 BAD_ROWS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "hidden has no memory": (ValueError, {"hidden": None}),
     "out has no memory": (ValueError, {"out": (0, 0, 1, 1)}),
-    "out has another dtype": (ValueError, {"out": (64, 1, 1, 1)}),
+    "out has another dtype": (ValueError, {"hidden": (64, 1, 1, 1)}),
     "is negative": (ValueError, {"sizes": (1, -3, NUMEL)}),
     "fits no memory": (ValueError, {"sizes": (1 << 30, 1 << 30, NUMEL)}),
     "eps is nan": (ValueError, {"eps": np.nan}),

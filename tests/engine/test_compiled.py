@@ -190,6 +190,12 @@ def test_samples_of_a_coupled_network_run_one_by_one_in_the_compiled_executor_to
         assert torch.equal(result.latents[j : j + 1], s("a", index=j, seed=2).latents)
 
 
+def test_a_set_of_branches_met_later_is_tested_as_if_it_were_the_first():
+    guided = session(apply_guidance(v_plan(2), 2.0), Compilable(coupled=True))
+    guided("a", plan=v_plan(2))
+    assert session(v_plan(2), Compilable(coupled=True)).probe.one_by_one is not None  # as kept by the one before
+
+
 def test_the_self_test_of_a_compiled_model_is_kept_for_the_next_session():
     plan = apply_guidance(v_plan(2), 2.0)
     first, second = (Compilable() for _ in range(2))

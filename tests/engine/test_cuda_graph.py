@@ -1,7 +1,9 @@
 """The executor of graphs, without a GPU: its bookkeeping, its code, and what it asks of torch.cuda."""
 
 import ast
+import gc
 import inspect
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -283,7 +285,7 @@ def cuda(monkeypatch):
         "current_stream": Stream,
         "stream": lambda stream: block("stream"),
         "CUDAGraph": Graph,
-        "graph": lambda graph, pool, capture_error_mode: block("graph", pool=pool),
+        "graph": lambda graph, pool, stream, capture_error_mode: block("graph", pool=pool),
         "graph_pool_handle": lambda: calls.append("pool") or len(calls),
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
@@ -305,6 +307,18 @@ def test_graphs_share_one_memory_pool_and_warm_up_on_another_stream(cuda):
     with made.ready(torch.device("cuda", 1)):
         assert cuda[-1] == ("device", torch.device("cuda", 1))
     assert first.replay() is first.result and second.result is not first.result and cuda[-1] == "replay"
+
+
+def test_a_graph_keeps_the_memory_that_its_function_brought_along(cuda):
+    memory = torch.ones(2)
+    seen = weakref.ref(memory)
+    graph = graphs.CudaGraphs().capture(lambda tensors, memory=memory: tensors["x"] + memory, {"x": torch.ones(2)})
+    del memory
+    gc.collect()
+    assert seen() is not None
+    del graph
+    gc.collect()
+    assert seen() is None
 
 
 def test_a_failed_capture_leaves_its_pool_to_the_graphs_that_are_in_it(cuda):

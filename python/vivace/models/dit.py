@@ -69,7 +69,7 @@ class Conditioner(nn.Module):
         super().__init__()
         self.time_in = nn.Linear(TIME_FEATURES, width)
         self.time_out = nn.Linear(width, width)
-        self.label = nn.Embedding(classes + 1, width)
+        self.label = nn.Embedding.from_pretrained(torch.randn(classes + 1, width))  # its own init is slow on "meta"
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:

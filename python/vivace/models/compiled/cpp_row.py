@@ -42,7 +42,7 @@ class PackedDit:
 
     def _packed(self, layer: nn.Linear) -> tuple[int, int, int, int]:
         weight = pack_weight(layer.weight)
-        bias = None if layer.bias is None else layer.bias.float().contiguous()
+        bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
         self.kept.append((weight, bias))
         self.nbytes += weight.nbytes + (0 if bias is None else bias.nbytes)
         return weight.data_ptr(), *weight.shape, 0 if bias is None else bias.data_ptr()
@@ -65,7 +65,6 @@ class CppRow:
 
     def __init__(self, model: DiT) -> None:
         self.model, self.weights = model, packed(model)
-        self.dtype = str(model.dtype).removeprefix("torch.")
         self._arena = _aligned(0)
         self._sizes: tuple[int, ...] = (1, 1, 1)  # rows, samples, tokens the arena has room for
         self._threads = 1
@@ -111,7 +110,7 @@ class CppRow:
             for table, pick in zip(tables, picks, strict=True)
         ]
         self.clocked = self.weights.runner.run(
-            x=(x.data_ptr(), x.stride(0), self.dtype if x.dtype == self.model.dtype else "float32"),
+            x=(x.data_ptr(), x.stride(0), str(x.dtype)[6:]),
             capacity=capacity,
             lanes=lanes,
             size=size,

@@ -12,7 +12,7 @@ from torch import Tensor
 from vivace.engine.compiled import Bucket, Compiler, Evaluation
 from vivace.engine.denoiser import Replayable
 from vivace.engine.plan import Variant
-from vivace.errors import ModelError, UnsupportedError
+from vivace.errors import ModelError, PromptError, UnsupportedError
 from vivace.kernels.spec import CPU, missing
 from vivace.models.compiled.native import DTYPES, native_compiler
 from vivace.models.compiled.replay import DitReplay
@@ -66,8 +66,10 @@ def _fed(manner: Manner, timesteps: Sequence[float]) -> list[float]:
 
 
 def label_of(condition: Condition, branch: str) -> int:
-    """The class id that a recorded condition hands to the network."""
-    label = condition.branch(branch).tree["class_labels"]
+    """The class id that a recorded condition hands to the network. Raises PromptError where it hands none."""
+    label = condition.branch(branch).tree.get("class_labels")
+    if label is None:
+        raise PromptError(f"prompt: branch {branch!r} has no class_labels, which {NATIVE} needs; give class_labels")
     return int(label.value if isinstance(label, Row) else label)
 
 
