@@ -34,11 +34,12 @@ def artefacts() -> Iterator[Artefact]:
         model = MODELS[name]
         if model.artefact is not None:
             yield model.artefact
+        if runtime("onnx_runtime").why_not("float32") is None and everything:
+            yield graphs.onnx_int8(model, "dynamic")
         if runtime("open_vino").why_not("float32") is None:
             yield graphs.openvino(model)
             if everything:
                 yield graphs.openvino(model, int8=True)
-                yield graphs.onnx_int8(model, "dynamic")
         if runtime("inductor").why_not("float32") is None:
             for dtype, batch in compiled:
                 yield inductor.package(model, dtype, batch, threads)

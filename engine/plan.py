@@ -244,14 +244,11 @@ class _Remembers:
 
     def _once(self, name: str, make: Callable[[], Derived]) -> Derived:
         """make(), called the first time only."""
-        try:
-            known = self._derived
-        except AttributeError:
-            known = {}
-            object.__setattr__(self, "_derived", known)
-        if name not in known:
-            known[name] = make()
-        value: Derived = known[name]
+        if not hasattr(self, "_derived"):
+            object.__setattr__(self, "_derived", {})
+        if name not in self._derived:
+            self._derived[name] = make()
+        value: Derived = self._derived[name]
         return value
 
 
@@ -292,13 +289,8 @@ class Plan(_Remembers):
         return self._once("variants", self._variants)
 
     def _variants(self) -> tuple[Variant, ...]:
-        seen: dict[Variant, None] = {}
-        for step in self.steps:
-            if step.variant is not None:
-                seen.setdefault(step.variant)
-            if step.guard is not None:
-                seen.setdefault(step.guard.otherwise)
-        return tuple(seen)
+        pairs = [(step.variant, None if step.guard is None else step.guard.otherwise) for step in self.steps]
+        return tuple(dict.fromkeys(variant for pair in pairs for variant in pair if variant is not None))
 
     @property
     def inputs(self) -> tuple[InputRef, ...]:

@@ -105,7 +105,11 @@ class Session:
                 (plan, tuple(sorted(values.items())), given.tensors), lambda: lower_plan(plan, given, side_car)
             )
             slots = entry.lowered.slots
-            lanes = pool.take(request.n, len(slots))
+            try:
+                lanes = pool.take(request.n, len(slots))
+            except BaseException:
+                entry.users -= 1
+                raise
             state = State(request, plan, condition, pool, entry, lanes, self._owner, warnings, began)
             try:
                 with self.timeline.span(state.records, "hoist", -1, len(lanes)):

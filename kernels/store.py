@@ -74,9 +74,12 @@ def path_of(key: Any, folder: Path | None = None) -> Path:
 
 
 def default_folder() -> Path:
-    """$XDG_CACHE_HOME/vivace/store; without that variable, or when it is relative, under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vivace" / "store"
+    """$XDG_CACHE_HOME/vivace/store; without that variable, or when it is relative, under ~/.cache.
+
+    Who has no home takes the folder of temporary files.
+    """
+    places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()
+    return Path(next(place for place in places if os.path.isabs(place))) / "vivace" / "store"
 
 
 def _canonical(value: Any) -> str:

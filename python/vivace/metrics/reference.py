@@ -98,7 +98,7 @@ def converged(
     place = (cache_folder() if folder is None else Path(folder)) / _key(description)
     latents = _read(place, description)
     if latents is None:
-        latents = run(pipe.compile(plan), *each)
+        latents = run(pipe.compile(plan, backend="eager"), *each)
         _write(place, description, latents)
     return Reference(latents, *each, plan, pipe.spec.fingerprint)
 

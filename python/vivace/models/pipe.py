@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -88,7 +88,7 @@ class Pipe:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self._copies: WeakValueDictionary[tuple[torch.device, torch.dtype], LoadedModel] = WeakValueDictionary()
+        self._copies: WeakValueDictionary[Hashable, LoadedModel] = WeakValueDictionary()
         self._lock = Lock()
 
     @property
@@ -148,17 +148,20 @@ class Pipe:
 
     def _placed(self, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
         """The model on a device in a dtype: itself where it is so already, else a copy that its sessions share."""
+        from vivace.models.versions import stamp
+
         module = self.model.module
         place = device, dtype or module.dtype
         if place == (module.device, module.dtype):
             return self.model
         with self._lock:
-            moved = self._copies.get(place)
+            key = *place, stamp(module)
+            moved = self._copies.get(key)
             if moved is None:
                 parameters = {name: value.to(*place) for name, value in module.state_dict().items()}
                 moved = copy.copy(self.model)
                 object.__setattr__(moved, "module", module.of(module.config, parameters))
-                self._copies[place] = moved
+                self._copies[key] = moved
             return moved
 
 

@@ -182,6 +182,19 @@ def test_sessions_of_one_model_share_packed_weights_and_nothing_else(pipe, monke
     assert torch.equal(*results)
 
 
+def test_a_model_whose_weights_changed_is_packed_anew_when_it_is_compiled_again(monkeypatch):
+    forced(monkeypatch, native.CPP)
+    pipe = vivace.load("emoji")  # of its own: its weights change
+    plan = plan_of(pipe, 2)
+    for dtype in (None, "bfloat16"):
+        before = pipe.compile(plan, backend="cpu", dtype=dtype)("tree", seed=1).latents
+        with torch.no_grad():
+            pipe.model.module.layers()[0].qkv.weight.mul_(0.5)
+            pipe.model.module.layers()[1].condition.modulation.weight.mul_(1.5)
+        ours, plain = (pipe.compile(plan, backend=b, dtype=dtype)("tree", seed=1).latents for b in ("cpu", "eager"))
+        assert error_of(ours, plain) < (1e-5 if dtype is None else 0.1) < error_of(before, plain)
+
+
 def test_a_row_in_cpp_is_one_call_and_runs_no_python_inside(pipe, monkeypatch):
     forced(monkeypatch, "C++ row")
     session = pipe.compile(plan_of(pipe, 3), backend="cpu")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from threading import Lock
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from vivace import _C
 from vivace.engine.compiled import Bucket
 from vivace.kernels.linear import PackedWeight, pack_weight
+from vivace.models.compiled.packs import kept
 from vivace.models.dit import NORM_EPS, DiT
 
 ALIGNMENT = 64  # bytes
@@ -48,23 +47,11 @@ class PackedDit:
         return weight.data_ptr(), *weight.shape, 0 if bias is None else bias.data_ptr()
 
 
-_PACKED: WeakKeyDictionary[DiT, PackedDit] = WeakKeyDictionary()
-_PACKING = Lock()
-
-
-def packed(model: DiT) -> PackedDit:
-    """The packed weights of a model, made on first use and kept as long as the model."""
-    with _PACKING:
-        if model not in _PACKED:
-            _PACKED[model] = PackedDit(model)
-        return _PACKED[model]
-
-
 class CppRow:
     """Evaluates rows by one call into C++; owns the arena and the outputs, which the next run overwrites."""
 
     def __init__(self, model: DiT) -> None:
-        self.model, self.weights = model, packed(model)
+        self.model, self.weights = model, kept(model, "row", PackedDit)
         self._arena = _aligned(0)
         self._sizes: tuple[int, ...] = (1, 1, 1)  # rows, samples, tokens the arena has room for
         self._threads = 1

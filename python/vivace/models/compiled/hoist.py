@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from threading import Lock
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +10,9 @@ from torch import Tensor, nn
 from vivace.kernels.linear import PackedWeight, pack_weight
 from vivace.kernels.linear import linear as our_linear
 from vivace.kernels.spec import CPU, missing
+from vivace.models.compiled.packs import kept
 from vivace.models.dit import DiT
 from vivace.models.rowwise import linear, silu
-
-_PACKED: WeakKeyDictionary[DiT, Mapping[nn.Linear, PackedWeight]] = WeakKeyDictionary()
-_PACKING = Lock()
 
 
 @torch.no_grad()
@@ -66,12 +62,13 @@ def _packed(model: DiT) -> Mapping[nn.Linear, PackedWeight]:
     kinds = (torch.float32, torch.bfloat16)
     if model.device.type != "cpu" or model.dtype not in kinds or missing(CPU) is not None:
         return {}
-    with _PACKING:
-        if model not in _PACKED:
-            parts = [layer.condition for layer in model.layers()]
-            linears = [layer for part in parts for layer in (part.time_in, part.time_out, part.modulation)]
-            _PACKED[model] = {layer: pack_weight(layer.weight) for layer in (*linears, model.final_modulation)}
-        return _PACKED[model]
+    return kept(model, "conditioning", _pack)
+
+
+def _pack(model: DiT) -> dict[nn.Linear, PackedWeight]:
+    parts = [layer.condition for layer in model.layers()]
+    linears = [layer for part in parts for layer in (part.time_in, part.time_out, part.modulation)]
+    return {layer: pack_weight(layer.weight) for layer in (*linears, model.final_modulation)}
 
 
 def _sent(numbers: Tensor, device: torch.device) -> Tensor:

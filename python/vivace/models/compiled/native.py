@@ -24,6 +24,7 @@ from vivace.kernels import store
 from vivace.kernels.spec import CPU, missing
 from vivace.models.compiled.cpp_row import CppRow
 from vivace.models.compiled.hoist import modulation_table
+from vivace.models.compiled.packs import refresh
 from vivace.models.compiled.sequence_row import SequenceRow
 from vivace.models.dit import DiT
 
@@ -52,6 +53,7 @@ def native_compiler(
         raise UnsupportedError(f"the model is {name}; {' and '.join(DTYPES.values())} are compiled")
     if (reason := missing(CPU)) is not None:
         raise UnsupportedError(reason)
+    refresh(model)
     return NativeCompiler(model, spec, label, fed, sign)
 
 

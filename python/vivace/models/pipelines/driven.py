@@ -17,6 +17,7 @@ from vivace.errors import ArgumentError, ShapeError, StateError, UnsupportedErro
 from vivace.models.pipelines.branches import batch_of, half, output_of, twice, with_output
 from vivace.models.pipelines.calls import CallStyle
 from vivace.models.pipelines.planned import Effective
+from vivace.models.versions import version_of
 
 Network = Callable[..., Any]
 
@@ -29,11 +30,6 @@ _DRAW_TO_THE_END = frozenset(
 def _evaluated(plan: Plan) -> tuple[Step, ...]:
     """The rows with an evaluation."""
     return tuple(step for step in plan.steps if step.variant is not None)
-
-
-def version_of(tensor: Tensor) -> int:
-    """Counts writes in place; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class Driven:

@@ -1,0 +1,33 @@
+"""What is made of a model's weights once and shared by its sessions, as long as model and weights live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from vivace.models.dit import DiT
+from vivace.models.versions import stamp
+
+Made = TypeVar("Made")
+_KEPT: WeakKeyDictionary[DiT, dict[str, Any]] = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+def refresh(model: DiT) -> None:
+    """Forget what was made of weights that have changed since. Who compiles a model calls this first."""
+    now = stamp(model)
+    with _LOCK:
+        if _KEPT.get(model, {}).get("stamp") != now:
+            _KEPT[model] = {"stamp": now}
+
+
+def kept(model: DiT, name: str, make: Callable[[DiT], Made]) -> Made:
+    """make(model), called once; what it returns must not hold the model."""
+    with _LOCK:
+        made = _KEPT.setdefault(model, {"stamp": stamp(model)})
+        if name not in made:
+            made[name] = make(model)
+        value: Made = made[name]
+        return value

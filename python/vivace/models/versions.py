@@ -1,0 +1,15 @@
+"""Whether weights are still what they were: counters of writes in place and addresses."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts writes in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def stamp(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Address and version of every parameter: another one after any was written or replaced."""
+    return tuple((parameter.data_ptr(), version_of(parameter)) for parameter in module.parameters())
