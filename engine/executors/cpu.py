@@ -15,13 +15,12 @@ from torch import Tensor
 from vivace.engine.compiled import Bucket, Compiler, Evaluation, Hoisted, Network, bucket_of
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Group
-from vivace.engine.executors.eager import check_whole
+from vivace.engine.executors.eager import check_compiled
 from vivace.engine.executors.hoists import Kept
 from vivace.engine.executors.steps import finish_rows, step_kernels
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
-from vivace.errors import UnsupportedError
 
 
 class CpuExecutor:
@@ -43,11 +42,7 @@ class CpuExecutor:
 
     def check(self, plan: Plan) -> None:
         """Everything that `EagerExecutor.check` refuses, and variants that the model's compiler cannot take."""
-        check_whole(plan, "the cpu executor", models=len(self.denoiser.models) > 1)
-        for i, step in enumerate(plan.steps):
-            why = None if step.variant is None else self.compiler.why_not(step.variant)
-            if why is not None:
-                raise UnsupportedError(f"step {i}: the cpu executor cannot compile it: {why}; use backend='eager'")
+        check_compiled(plan, self.name, self.denoiser, self.compiler.why_not)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         for variant in plan.variants:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vivace.engine.compiled import Evaluation, Hoisted
 from vivace.engine.denoiser import Denoiser, Piece, Replayable, predictions
 from vivace.engine.executors import Group
-from vivace.engine.executors.eager import check_whole
+from vivace.engine.executors.eager import check_compiled
 from vivace.engine.executors.graphs import CudaGraphs, Graph, Graphs, Unrecorded
 from vivace.engine.executors.hoists import Kept
 from vivace.engine.executors.steps import finish_rows, step_kernels
@@ -67,11 +67,7 @@ class CudaGraphExecutor:
 
     def check(self, plan: Plan) -> None:
         """Everything that `EagerExecutor.check` refuses, and variants that the model cannot stage."""
-        check_whole(plan, "the cuda_graph executor", models=len(self.denoiser.models) > 1)
-        for i, step in enumerate(plan.steps):
-            why = None if step.variant is None else self.network.why_not(step.variant)
-            if why is not None:
-                raise UnsupportedError(f"step {i}: the cuda_graph executor cannot run it: {why}; use backend='eager'")
+        check_compiled(plan, self.name, self.denoiser, self.network.why_not)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         """Capture what `plan` needs for so many samples without a prompt, so that no request waits for it.

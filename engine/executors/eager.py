@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,15 @@ def check_whole(plan: Plan, who: str, *, models: bool) -> None:
             why = why or _beyond(step.variant, full, models)
         if why:
             raise UnsupportedError(f"step {i}: {who} does not run {why}; drop it from the plan")
+
+
+def check_compiled(plan: Plan, name: str, denoiser: Denoiser, why_not: Callable[[Variant], str | None]) -> None:
+    """`check_whole`, and UnsupportedError naming the first row whose variant the model cannot compile."""
+    check_whole(plan, f"the {name} executor", models=len(denoiser.models) > 1)
+    for i, step in enumerate(plan.steps):
+        why = None if step.variant is None else why_not(step.variant)
+        if why is not None:
+            raise UnsupportedError(f"step {i}: the {name} executor cannot run it: {why}; use backend='eager'")
 
 
 def _beyond(variant: Variant, full: float, models: bool) -> str:

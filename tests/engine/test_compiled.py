@@ -176,7 +176,7 @@ def test_a_variant_that_the_compiler_refuses_is_named_before_any_work():
     s = session(v_plan(2), toy)
     toy.made.refuses = True
     compiles, plan = s.executor.compiles, apply_guidance(v_plan(4), 2.0, interval=(0.5, 1.0))
-    with pytest.raises(vivace.UnsupportedError, match="step 2: the cpu executor cannot compile it: it"):
+    with pytest.raises(vivace.UnsupportedError, match="step 2: the cpu executor cannot run it: it refuses"):
         s("a", plan=plan)
     assert s.executor.compiles == compiles and s.pool.idle
 
