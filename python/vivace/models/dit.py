@@ -69,7 +69,8 @@ class Conditioner(nn.Module):
         super().__init__()
         self.time_in = nn.Linear(TIME_FEATURES, width)
         self.time_out = nn.Linear(width, width)
-        self.label = nn.Embedding.from_pretrained(torch.randn(classes + 1, width))  # its own init is slow on "meta"
+        table = torch.empty(classes + 1, width)  # random numbers of "meta" import a second's worth of torch
+        self.label = nn.Embedding.from_pretrained(table if table.is_meta else table.normal_())
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, patch * patch * config.out_channels)
-        self.register_buffer("positions", self.position_table(config.grid), persistent=False)
+        positions = torch.empty(0) if self.patches.weight.is_meta else self.position_table(config.grid)
+        self.register_buffer("positions", positions, persistent=False)
         self.requires_grad_(False).eval()
 
     @property
