@@ -26,7 +26,9 @@ def refresh(model: DiT) -> None:
 def kept(model: DiT, name: str, make: Callable[[DiT], Made]) -> Made:
     """make(model), called once; what it returns must not hold the model."""
     with _LOCK:
-        made = _KEPT.setdefault(model, {"stamp": stamp(model)})
+        made = _KEPT.get(model)
+        if made is None:
+            made = _KEPT[model] = {"stamp": stamp(model)}
         if name not in made:
             made[name] = make(model)
         value: Made = made[name]
