@@ -115,6 +115,10 @@ class Replayable(Protocol):
         """What does not depend on x, for the rows of a plan that are fed `timesteps`; None: nothing leaves the loop."""
         ...
 
+    def weights(self) -> Sequence[Tensor]:
+        """What forwards read beside their inputs: parameters and buffers where they lie now, detached."""
+        ...
+
     def report(self) -> dict[str, Any]:
         """How the weights are kept, for the receipt; plain data."""
         ...

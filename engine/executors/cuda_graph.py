@@ -35,10 +35,14 @@ def bucket(count: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Artefact:
-    """One captured piece. inputs: its static tensors; reason: why it is not a graph, empty when it is one."""
+    """One captured piece. inputs: its static tensors; reason: why it is not a graph, empty when it is one.
+
+    weights: what it reads besides, held so that a model that moves on leaves no graph on freed memory.
+    """
 
     inputs: Mapping[str, Tensor]
     graph: Graph
+    weights: Sequence[Tensor]
     reason: str = ""
 
     @property
@@ -165,12 +169,12 @@ class CudaGraphExecutor:
         self.graphs.warm_up(piece.forward, inputs)
         _write(inputs, piece.inputs)  # a network may have written into them
         try:
-            artefact = Artefact(inputs, self.graphs.capture(piece.forward, inputs))
+            artefact = Artefact(inputs, self.graphs.capture(piece.forward, inputs), self.network.weights())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = f"cannot be captured ({str(error).strip().splitlines()[0]})"
-            artefact = Artefact(inputs, Unrecorded(piece.forward, inputs), reason)
+            artefact = Artefact(inputs, Unrecorded(piece.forward, inputs), (), reason)
         self.compiles += 1
         self._artefacts[piece.key] = artefact
         if len(self._artefacts) > self.kept:

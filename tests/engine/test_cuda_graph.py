@@ -71,6 +71,9 @@ class Staged(Toy):
     def hoist(self, timesteps, branches, condition):
         return None
 
+    def weights(self):
+        return ()
+
     def report(self):
         return {"network": "toy"}
 

@@ -85,6 +85,16 @@ def captured(session):
     return session.executor.compiles
 
 
+def test_a_graph_holds_the_weights_that_a_model_moves_on_from(tiny_folder):
+    native = Sequenced(load_model(tiny_folder, dtype=torch.float32, scheduler=SCHEDULER))
+    made = session(native, native.replay, plans()[0])
+    parameter = native.model.module.layers()[0].qkv.weight
+    place = parameter.data_ptr()
+    parameter.data = parameter.data.clone()  # as .to() does it
+    held = [tensor.data_ptr() for artefact in made.executor._artefacts.values() for tensor in artefact.weights]
+    assert place in held and parameter.data_ptr() not in held
+
+
 @pytest.mark.parametrize("hoist", [True, False])
 def test_the_native_dit_through_graphs_has_the_bits_of_eager(native, hoist):
     made = plans()

@@ -15,6 +15,7 @@ from vivace.models.compiled.hoist import modulation_table
 from vivace.models.compiled.linears import Linears
 from vivace.models.compiled.sequence import DitSequence
 from vivace.models.dit import DiT
+from vivace.models.versions import held
 
 Grid = tuple[int, int]
 
@@ -48,6 +49,10 @@ class DitReplay:
         """Modulation vectors [S, B, 6L + 2, D] float32 of rows at `timesteps`, for each branch of a class."""
         table = modulation_table(self.model, self.fed(timesteps), [self.label(condition, b) for b in branches])
         return Hoisted((table, tuple(branches)), {"modulation": table.nbytes})
+
+    def weights(self) -> list[Tensor]:
+        """Parameters and buffers of the model."""
+        return held(self.model)
 
     def report(self) -> dict[str, Any]:
         """Which library multiplies."""

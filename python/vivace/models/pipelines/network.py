@@ -16,6 +16,7 @@ from vivace.engine.plan import Variant
 from vivace.errors import ShapeError, UnsupportedError
 from vivace.models.pipelines.capture import argument_names
 from vivace.models.pipelines.conditions import Condition, Inputs, fill, hollow, parts
+from vivace.models.versions import held
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ class NetworkDenoiser:
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Condition) -> None:
         """Nothing: what a network of diffusers does with its conditions happens in its forward."""
+
+    def weights(self) -> list[Tensor]:
+        """Parameters and buffers of the networks."""
+        return [tensor for network in self.networks.values() for tensor in held(network)]
 
     def report(self) -> dict[str, Any]:
         """Which classes run."""
