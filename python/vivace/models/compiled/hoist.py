@@ -14,9 +14,11 @@ from vivace.models.compiled.packs import kept
 from vivace.models.dit import DiT
 from vivace.models.rowwise import linear, silu
 
+KEPT = 16  # plans whose timestep embeddings are kept
+
 
 @torch.no_grad()
-def modulation_table(model: DiT, timesteps: Sequence[float], labels: Sequence[int]) -> Tensor:
+def modulation_table(model: DiT, timesteps: Sequence[float], labels: Sequence[int], *, keep: bool = True) -> Tensor:
     """table[s, b] = modulation of the whole network at timesteps[s] for the class labels[b].
 
     One product a layer for all rows and branches, written into the table. A row's bits do not depend on how many there
@@ -25,6 +27,7 @@ def modulation_table(model: DiT, timesteps: Sequence[float], labels: Sequence[in
     Args:
         timesteps: what the network is fed, S numbers in units of the training schedule.
         labels: class ids, B of them; `config.classes` is the null label.
+        keep: what depends on timesteps alone is kept beside the model for the next request with these.
     Returns: [S, B, 6L + 2, D] float32 (float64 for a float64 model) on the model's device: per block shift, scale, gate
         of the attention, then of the MLP; last shift and scale of the head. Of 1 + scale, the scale.
     Source: Peebles and Xie 2023, section 3.2.
@@ -34,16 +37,33 @@ def modulation_table(model: DiT, timesteps: Sequence[float], labels: Sequence[in
     kind = torch.float64 if model.dtype == torch.float64 else torch.float32
     table = torch.empty((rows, branches, count, width), dtype=kind, device=model.device)
     by_branch = table.transpose(0, 1)  # conditioning vectors come as [B, S, D]
-    features = model.time_features(_sent(torch.tensor(timesteps, dtype=torch.float64), model.device))
+    times = _kept_times(model, tuple(timesteps)) if keep else _times(model, tuple(timesteps))
     ids = _sent(torch.tensor(labels, dtype=torch.int64), model.device)[:, None]
     for i, layer in enumerate(layers):
         part = layer.condition
-        time = _product(silu(_product(features, part.time_in, packed)), part.time_out, packed)
-        hidden = silu(part.label(ids) + time)
+        hidden = silu(part.label(ids) + times[i])
         _product(hidden, part.modulation, packed, by_branch[:, :, 6 * i : 6 * i + 6])
         if i == 0:
             _product(hidden, model.final_modulation, packed, by_branch[:, :, -2:])
     return table
+
+
+def _times(model: DiT, timesteps: tuple[float, ...]) -> list[Tensor]:
+    """Of every layer the embedding [S, D] of the timesteps."""
+    packed = _packed(model)
+    features = model.time_features(_sent(torch.tensor(timesteps, dtype=torch.float64), model.device))
+    parts = [layer.condition for layer in model.layers()]
+    return [_product(silu(_product(features, part.time_in, packed)), part.time_out, packed) for part in parts]
+
+
+def _kept_times(model: DiT, timesteps: tuple[float, ...]) -> list[Tensor]:
+    """The same, computed once for the timesteps of a plan."""
+    known: dict[tuple[float, ...], list[Tensor]] = kept(model, "times", lambda _: {})
+    if timesteps not in known:
+        known[timesteps] = _times(model, timesteps)
+        if len(known) > KEPT:
+            known.pop(next(iter(known)), None)
+    return known[timesteps]
 
 
 def _product(

@@ -83,8 +83,13 @@ class NativeCompiler:
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted:
         """Modulation vectors [S, B, 6L + 2, D] float32 of rows at `timesteps`, for each branch of a class."""
-        table = modulation_table(self.model, self.fed(timesteps), [self.label(condition, b) for b in branches])
+        table = self.table(timesteps, branches, condition)
         return Hoisted((table, tuple(branches)), {"modulation": table.nbytes})
+
+    def table(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any, keep: bool = True) -> Tensor:
+        """The modulation alone; see `modulation_table`."""
+        labels = [self.label(condition, branch) for branch in branches]
+        return modulation_table(self.model, self.fed(timesteps), labels, keep=keep)
 
     def report(self) -> dict[str, Any]:
         """By number of tokens how rows run and what decided it, ms a block; bytes of the prepared weights."""
@@ -120,10 +125,11 @@ class NativeNetwork:
         """One prediction [n, C, H, W] per branch, in memory of the row."""
         tables, picks = [], []
         for j, hoisted in enumerate(call.hoisted):
-            row = call.rows[j]
+            row, branches = call.rows[j], self.branches
             if hoisted is None:  # nothing left the loop: this row's modulation is computed in it
-                row, hoisted = 0, self.compiler.hoist(call.timesteps[j : j + 1], self.branches, call.conditions[j])
-            table, branches = hoisted.data
+                row, table = 0, self.compiler.table(call.timesteps[j : j + 1], branches, call.conditions[j], keep=False)
+            else:
+                table, branches = hoisted.data
             tables.append(table)
             picks.append([(row, branches.index(branch)) for branch in self.branches])
         outs = self.row.run(call.x, call.lanes, tables, picks)

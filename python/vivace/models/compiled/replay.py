@@ -47,8 +47,12 @@ class DitReplay:
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted:
         """Modulation vectors [S, B, 6L + 2, D] float32 of rows at `timesteps`, for each branch of a class."""
-        table = modulation_table(self.model, self.fed(timesteps), [self.label(condition, b) for b in branches])
+        table = self._made(timesteps, branches, condition, keep=True)
         return Hoisted((table, tuple(branches)), {"modulation": table.nbytes})
+
+    def _made(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any, keep: bool) -> Tensor:
+        labels = [self.label(condition, branch) for branch in branches]
+        return modulation_table(self.model, self.fed(timesteps), labels, keep=keep)
 
     def weights(self) -> list[Tensor]:
         """Parameters and buffers of the model."""
@@ -75,10 +79,11 @@ class DitReplay:
 
     def _modulation(self, call: Evaluation, n: int, branches: tuple[str, ...]) -> list[Tensor]:
         """The modulation [1, 6L + 2, D] of sample n for each branch: rows of its table, or of one made now."""
-        row, hoisted = call.rows[n], call.hoisted[n]
+        row, hoisted, known = call.rows[n], call.hoisted[n], branches
         if hoisted is None:
-            row, hoisted = 0, self.hoist(call.timesteps[n : n + 1], branches, call.conditions[n])
-        table, known = hoisted.data
+            row, table = 0, self._made(call.timesteps[n : n + 1], branches, call.conditions[n], keep=False)
+        else:
+            table, known = hoisted.data
         places = (known.index(branch) for branch in branches)
         return [table[row, at : at + 1] for at in places]
 
