@@ -32,7 +32,7 @@ Solver = Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc or flow_
 Steps = Annotated[int | None, typer.Option(help="Steps of the solver; default: the model card's.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model card's. 1 = off.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.", min=1)]
-Backend = Annotated[str, typer.Option(help="Executor: auto or eager.")]
+Backend = Annotated[str, typer.Option(help="Executor: auto, eager, cpu or cuda_graph.")]
 
 
 @app.command()
