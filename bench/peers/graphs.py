@@ -112,7 +112,7 @@ def _quantize_dynamic(model: BenchModel, path: Path) -> None:
 def _quantize_static(model: BenchModel, path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         rows = calibration(model)
 
         def get_next(self) -> dict[str, Any] | None:

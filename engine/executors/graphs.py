@@ -72,7 +72,7 @@ class CudaGraphs:
     def warm_up(self, forward: Forward, inputs: Mapping[str, Tensor]) -> None:
         """Run it on a side stream, as a capture needs."""
         current = torch.cuda.current_stream()
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = _stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -85,7 +85,7 @@ class CudaGraphs:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             if self._stream is None:
-                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._stream = _stream()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
@@ -98,6 +98,12 @@ class CudaGraphs:
                 self._pool = None
                 raise
             return CudaGraph(graph, forward, result, max(0, torch.cuda.memory_reserved() - before))
+
+
+def _stream() -> Any:
+    """A stream of the current device."""
+    make: Any = torch.cuda.Stream  # torch does not say what it takes
+    return make()
 
 
 class Unrecorded:
