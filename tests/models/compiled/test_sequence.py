@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from vivace.kernels.spec import within_tolerance
 from vivace.models.compiled.hoist import modulation_table
-from vivace.models.compiled.linears import ACTIVATIONS, OurLinears, Rows, TorchLinears, packable
+from vivace.models.compiled.linears import ACTIVATIONS, PLAIN, OurLinears, Rows, Then, TorchLinears, packable
 from vivace.models.compiled.sequence import DitSequence
 from vivace.models.dit import DiT
 
@@ -30,10 +30,10 @@ class Told(TorchLinears):
     def prepare(self, layer):
         plain = super().prepare(layer)
 
-        def call(x, out, approximate=None, gate=None, residual=None):
-            made = plain(x, out.like(torch.empty_like(out.padded)), approximate).tokens
-            made = made if gate is None else made.float().mul(gate[:, None]).to(made.dtype)
-            out.tokens.copy_(made if residual is None else residual.tokens + made)
+        def call(x, out, then=PLAIN):
+            made = plain(x, out.like(torch.empty_like(out.padded)), Then(then.approximate)).tokens
+            made = made if then.gate is None else made.float().mul(then.gate[:, None]).to(made.dtype)
+            out.tokens.copy_(made if then.residual is None else then.residual.tokens + made)
             return out
 
         return call
@@ -193,7 +193,7 @@ def test_a_layer_is_the_layer_of_torch(dtype, approximate, bias):
         y = layer(x)
         return y if approximate is None else torch.nn.functional.gelu(y, approximate=approximate)
 
-    made = TorchLinears(torch.device("cpu"), dtype).prepare(layer)(x, out, approximate)
+    made = TorchLinears(torch.device("cpu"), dtype).prepare(layer)(x, out, Then(approximate))
     exact = plain(copy.deepcopy(layer).double(), x.tokens.double())
     holds, error, bound = within_tolerance(made.tokens, plain(layer, x.tokens), exact)
     assert holds, (error, bound)

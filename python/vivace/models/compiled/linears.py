@@ -34,22 +34,26 @@ class Rows(NamedTuple):
         return Rows.of(padded, *self.tokens.shape[:2])
 
 
+class Then(NamedTuple):
+    """What follows a product: a GELU, then residual + gate * result.
+
+    approximate: "tanh" | "none" of the GELU, None without one; gate [R, M] and residual, which may be the output: of
+    linears that are `gated`.
+    """
+
+    approximate: str | None = None
+    gate: Tensor | None = None
+    residual: Rows | None = None
+
+
+PLAIN = Then()
+
+
 class Layer(Protocol):
     """act(x W^T + b) of one prepared layer."""
 
-    def __call__(
-        self,
-        x: Rows,
-        out: Rows,
-        approximate: str | None = None,
-        gate: Tensor | None = None,
-        residual: Rows | None = None,
-    ) -> Rows:
-        """The result, in `out` where the library can write there, else in memory of its own.
-
-        approximate: "tanh" | "none" of a GELU after the product, None without one; gate [R, M] and residual:
-        residual + gate * result, of linears that are `gated`; residual may be out.
-        """
+    def __call__(self, x: Rows, out: Rows, then: Then = PLAIN) -> Rows:
+        """The result, in `out` where the library can write there, else in memory of its own."""
         ...
 
 
@@ -115,15 +119,8 @@ class _PackedLayer:
     def __init__(self, layer: nn.Linear) -> None:
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), layer.bias
 
-    def __call__(
-        self,
-        x: Rows,
-        out: Rows,
-        approximate: str | None = None,
-        gate: Tensor | None = None,
-        residual: Rows | None = None,
-    ) -> Rows:
-        kind = ("none", "") if approximate is None else ("gelu", approximate)
+    def __call__(self, x: Rows, out: Rows, then: Then = PLAIN) -> Rows:
+        kind = ("none", "") if then.approximate is None else ("gelu", then.approximate)
         product = torch.ops.mkldnn._linear_pointwise
         return out.like(product(x.padded, self.weight, self.bias, kind[0], [], kind[1]))
 
@@ -134,20 +131,13 @@ class _PlainLayer:
     def __init__(self, layer: nn.Linear) -> None:
         self.weight, self.bias = layer.weight.detach().t(), layer.bias
 
-    def __call__(
-        self,
-        x: Rows,
-        out: Rows,
-        approximate: str | None = None,
-        gate: Tensor | None = None,
-        residual: Rows | None = None,
-    ) -> Rows:
+    def __call__(self, x: Rows, out: Rows, then: Then = PLAIN) -> Rows:
         if self.bias is None:
             torch.mm(x.padded, self.weight, out=out.padded)
         else:
             torch.addmm(self.bias, x.padded, self.weight, out=out.padded)
-        if approximate is not None:
-            activate(out.tokens, approximate)
+        if then.approximate is not None:
+            activate(out.tokens, then.approximate)
         return out
 
 
@@ -157,21 +147,14 @@ class _OurLayer:
     def __init__(self, linear: Callable[..., Tensor], weight: Any, bias: Tensor | None) -> None:
         self.linear, self.weight, self.bias = linear, weight, bias
 
-    def __call__(
-        self,
-        x: Rows,
-        out: Rows,
-        approximate: str | None = None,
-        gate: Tensor | None = None,
-        residual: Rows | None = None,
-    ) -> Rows:
+    def __call__(self, x: Rows, out: Rows, then: Then = PLAIN) -> Rows:
         self.linear(
             x.tokens,
             self.weight,
             self.bias,
-            activation=ACTIVATIONS[approximate],
-            gate=gate,
-            residual=None if residual is None else residual.tokens,
+            activation=ACTIVATIONS[then.approximate],
+            gate=then.gate,
+            residual=None if then.residual is None else then.residual.tokens,
             out=out.tokens,
         )
         return out

@@ -19,7 +19,7 @@ from vivace.kernels.adaln_modulate import adaln_modulate
 from vivace.kernels.adaln_modulate import reference as plain_adaln
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.norm_modulate import reference as plain_norm
-from vivace.models.compiled.linears import Layer, Linears, Rows, TorchLinears
+from vivace.models.compiled.linears import Layer, Linears, Rows, Then, TorchLinears
 from vivace.models.dit import NORM_EPS, Block, DiT
 from vivace.models.dit_config import DiTConfig
 from vivace.models.rowwise import ROWS
@@ -137,7 +137,7 @@ class DitSequence:
         _, _, gate1, shift2, scale2, gate2, shift, scale = vectors
         mixed = self._attention(arena, block.qkv(arena.normed, arena.qkv))
         self._update(arena, block.out, mixed, gate1, scale2, shift2, block.eps)
-        up = block.up(arena.normed, arena.up, block.approximate)
+        up = block.up(arena.normed, arena.up, Then(block.approximate))
         self._update(arena, block.down, up, gate2, scale, shift, NORM_EPS)
 
     def _attention(self, arena: Arena, qkv: Rows) -> Rows:
@@ -157,7 +157,7 @@ class DitSequence:
         """hidden += gate * layer(x), then normed = norm(hidden) * (1 + scale) + shift."""
         hidden, normed = arena.hidden.tokens, arena.normed.tokens
         if self.linears.gated:
-            layer(x, arena.hidden, gate=gate, residual=arena.hidden)
+            layer(x, arena.hidden, Then(gate=gate, residual=arena.hidden))
             self._norm(hidden, scale, shift, eps=eps, out=normed)
         else:
             update = layer(x, arena.update).tokens
