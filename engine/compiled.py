@@ -76,6 +76,11 @@ class Network(Protocol):
 class Compiler(Protocol):
     """Compiles one model for one backend. Prepared weights belong to it and are shared by its networks."""
 
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which rows run, where a plan names precisions."""
+        ...
+
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be compiled; None when it can."""
         ...

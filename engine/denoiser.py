@@ -22,13 +22,15 @@ from vivace.errors import UnsupportedError
 class Denoiser(Protocol):
     """A network the executors can run. It holds weights only; everything of a request is an argument.
 
-    models: names of its networks as plans call them, "main" first.
+    models: names of its networks as plans call them, "main" first; precisions: in which `evaluate` runs blocks, where
+    a variant names them.
     """
 
     spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
     models: tuple[str, ...]
+    precisions: frozenset[str]
 
     def encode(self, prompt: Any) -> Any:
         """The condition of a prompt, opaque to the engine. Raises PromptError before any work starts."""
@@ -99,6 +101,11 @@ def predictions(pieces: Sequence[Piece], results: Sequence[Tensor], branches: in
 
 class Replayable(Protocol):
     """A network whose evaluations come in pieces that a graph can capture and replay with other contents."""
+
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which rows run, where a plan names precisions."""
+        ...
 
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be staged; None when it can."""
@@ -183,6 +190,7 @@ class CallableDenoiser:
     """A plain function denoiser(x, t) or denoiser(x, t, branch=...) as a `Denoiser` for `vivace.sample`."""
 
     models: tuple[str, ...] = ("main",)
+    precisions: frozenset[str] = frozenset()
 
     def __init__(self, call: Callable[..., Tensor], prediction: str, shape: tuple[int, ...], like: Tensor) -> None:
         self.call = call

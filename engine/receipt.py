@@ -13,6 +13,7 @@ import torch
 
 from vivace import __version__
 from vivace.engine.plan import Plan
+from vivace.engine.precision import spelled
 
 if TYPE_CHECKING:
     from vivace.engine.denoiser import Denoiser
@@ -79,13 +80,17 @@ class KernelUse:
 
 @dataclass(frozen=True, slots=True)
 class RowRecord:
-    """One executed row. `batch`: samples that shared its launch; the ms are those of the launch."""
+    """One executed row. `batch`: samples that shared its launch; the ms are those of the launch.
+
+    precision: what its blocks multiplied in, "model" where the plan says nothing.
+    """
 
     row: int
     branches: tuple[str, ...]
     batch: int
     network_ms: float
     step_ms: float
+    precision: str = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,17 @@ class Receipt:
     details: dict[str, Any] = field(default_factory=dict)
     events: tuple[Event, ...] = field(default=(), repr=False)
 
+    @property
+    def precisions(self) -> dict[str, int]:
+        """Evaluated rows by precision."""
+        evaluated = [row.precision for row in self.rows if row.branches]
+        return {name: evaluated.count(name) for name in dict.fromkeys(evaluated)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the raw events."""
         data = asdict(self)
         del data["events"]
-        return data
+        return data | {"precisions": self.precisions}
 
     def __str__(self) -> str:
         """A short table a person reads."""
@@ -145,6 +156,9 @@ class Receipt:
             f"{_median([r.step_ms for r in self.rows]):.3f} ms solver step",
             f"memory    {self.peak_memory / 2**20:.0f} MiB peak, {self.pool / 2**20:.2f} MiB of slots",
         ]
+        if set(self.precisions) - {"model"}:
+            rows = ", ".join(f"{name} in {count} rows" for name, count in self.precisions.items())
+            lines.append(f"precision {rows}")
         if self.hoisted:
             parts = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in self.hoisted.items())
             lines.append(f"hoisted   {parts}")
@@ -187,8 +201,9 @@ def make_receipt(
     for i in range(len(plan.steps)):
         mine = {event.name: event for event in events if event.row == i}
         network, step = mine.get("network"), mine["solver_step"]
-        branches = plan.steps[i].branches if network else ()
-        rows.append(RowRecord(i, branches, step.batch, network.ms if network else 0.0, step.ms))
+        branches, variant = (plan.steps[i].branches if network else ()), plan.steps[i].variant
+        precision = "model" if variant is None else spelled(variant)
+        rows.append(RowRecord(i, branches, step.batch, network.ms if network else 0.0, step.ms, precision))
     phases: dict[str, float] = {}
     for event in events:
         name = "start" if event.row < 0 and event.name == "solver_step" else event.name
@@ -227,5 +242,6 @@ def _predicted(probe: Probe | None, plan: Plan, rows: list[RowRecord]) -> float 
     """What `rows` should have taken by the forwards timed at compile time; None where one was not timed."""
     if probe is None:
         return None
-    times = [probe.predict_ms(plan, row.branches, row.batch) for row in rows]
+    variants = [(plan.steps[row.row].variant, row.batch) for row in rows]
+    times = [probe.predict_ms(plan, variant, n) for variant, n in variants if variant is not None]
     return None if None in times else sum(ms for ms in times if ms is not None)

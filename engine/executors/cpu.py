@@ -42,7 +42,7 @@ class CpuExecutor:
 
     def check(self, plan: Plan) -> None:
         """Everything that `EagerExecutor.check` refuses, and variants that the model's compiler cannot take."""
-        check_compiled(plan, self.name, self.denoiser, self.compiler.why_not)
+        check_compiled(plan, self.name, self.denoiser, self.compiler.precisions, self.compiler.why_not)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         for variant in plan.variants:

@@ -71,7 +71,7 @@ class CudaGraphExecutor:
 
     def check(self, plan: Plan) -> None:
         """Everything that `EagerExecutor.check` refuses, and variants that the model cannot stage."""
-        check_compiled(plan, self.name, self.denoiser, self.network.why_not)
+        check_compiled(plan, self.name, self.denoiser, self.network.precisions, self.network.why_not)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         """Capture what `plan` needs for so many samples without a prompt, so that no request waits for it.

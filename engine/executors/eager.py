@@ -11,8 +11,9 @@ from torch import Tensor
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Group
 from vivace.engine.executors.steps import finish_rows, step_kernels
-from vivace.engine.plan import Action, Plan, Variant
+from vivace.engine.plan import Action, Binding, Plan, Variant
 from vivace.engine.pool import Pool
+from vivace.engine.precision import QUANTIZED, named, precisions_of
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.errors import ShapeError, UnsupportedError
 
@@ -28,8 +29,8 @@ class EagerExecutor:
         self.one_by_one: str | None = None
 
     def check(self, plan: Plan) -> None:
-        """Everything except reuse of blocks, dropped tokens, per-row precision and guards."""
-        check_whole(plan, "the eager executor", models=len(self.denoiser.models) > 1)
+        """Everything except reuse of blocks, dropped tokens, guards, and precisions that the model has not."""
+        check_whole(plan, "the eager executor", len(self.denoiser.models) > 1, self.denoiser.precisions)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         """Nothing is compiled."""
@@ -81,8 +82,11 @@ class EagerExecutor:
         return outs
 
 
-def check_whole(plan: Plan, who: str, *, models: bool) -> None:
-    """Raise UnsupportedError naming the first row that needs more than plain forwards; models: several are there."""
+def check_whole(plan: Plan, who: str, models: bool, precisions: frozenset[str] = frozenset()) -> None:
+    """Raise UnsupportedError naming the first row that needs more than plain forwards in the model's dtype.
+
+    models: there are several; precisions: in which forwards run as well.
+    """
     full = 1.0 if plan.binding is None else float(plan.binding.tokens)
     for i, step in enumerate(plan.steps):
         why = "a run-time guard" if step.guard is not None else ""
@@ -91,11 +95,28 @@ def check_whole(plan: Plan, who: str, *, models: bool) -> None:
             why = why or _beyond(step.variant, full, models)
         if why:
             raise UnsupportedError(f"step {i}: {who} does not run {why}; drop it from the plan")
+        if step.variant is not None:
+            _check_precision(f"step {i}: {who} does not run it", step.variant, plan.binding, precisions)
 
 
-def check_compiled(plan: Plan, name: str, denoiser: Denoiser, why_not: Callable[[Variant], str | None]) -> None:
+def _check_precision(what: str, variant: Variant, binding: Binding | None, precisions: frozenset[str]) -> None:
+    """Raise UnsupportedError when a row names precisions that are not among these, or in a way nobody runs."""
+    for name in sorted(named(variant) - precisions):
+        weights = f"make {name} weights with `vivace quantize`, and load the model with quantized=..."
+        cure = weights if name in QUANTIZED else "drop it from the plan"
+        there = ", ".join(["the model's own", *sorted(precisions)])
+        raise UnsupportedError(f"{what} in precision {name}, only in {there}; {cure}")
+    try:
+        precisions_of(variant, 0 if binding is None else binding.blocks)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{what}: {error}") from None
+
+
+def check_compiled(
+    plan: Plan, name: str, denoiser: Denoiser, precisions: frozenset[str], why_not: Callable[[Variant], str | None]
+) -> None:
     """`check_whole`, and UnsupportedError naming the first row whose variant the model cannot compile."""
-    check_whole(plan, f"the {name} executor", models=len(denoiser.models) > 1)
+    check_whole(plan, f"the {name} executor", len(denoiser.models) > 1, precisions)
     for i, step in enumerate(plan.steps):
         why = None if step.variant is None else why_not(step.variant)
         if why is not None:
@@ -111,6 +132,6 @@ def _beyond(variant: Variant, full: float, models: bool) -> str:
     for rule in variant.rules:
         if rule.action not in (None, Action.COMPUTE):
             return f"{Action(rule.action).name} of blocks {rule.blocks}"
-        if rule.precision is not None or rule.site == "merge":
-            return f"a rule on {'precision' if rule.precision else 'merged tokens'} of blocks {rule.blocks}"
+        if rule.site == "merge":
+            return f"a rule on merged tokens of blocks {rule.blocks}"
     return ""

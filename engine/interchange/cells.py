@@ -1,20 +1,19 @@
-"""What the rules of a plan say, block by block and row by row; rules added to rows; foreign JSON read.
+"""What the rules of a plan say, block by block and row by row; foreign JSON read.
 
 Rows without an evaluation are no calls of the network: foreign formats count evaluations, and so does everything here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from vivace.engine.bind import normal_form
-from vivace.engine.plan import Action, Args, Plan, Rule, Variant
+from vivace.engine.passes.rules import evaluations
+from vivace.engine.plan import Action, Plan, Variant
 from vivace.engine.plan_codec import parse
-from vivace.engine.verify import said, verify
+from vivace.engine.verify import said
 from vivace.errors import ArgumentError, PlanFileError, UnsupportedError
 
 MAX_BYTES = 8 << 20
@@ -60,45 +59,13 @@ def require_zeros_and_ones(values: Any, where: str, rows: int) -> list[int]:
     return list(values)
 
 
-# ---------------------------------------------------------------- rules into rows
-def evaluations(plan: Plan) -> Iterator[tuple[int, Variant]]:
-    """(row, variant) of the rows that evaluate the network."""
-    return ((i, step.variant) for i, step in enumerate(plan.steps) if step.variant is not None)
-
-
-def span(plan: Plan, first: int, last: int) -> tuple[int, int]:
-    """The range of all blocks but the first `first` and the last `last`. Raises ArgumentError when none is left."""
-    if plan.binding is None:
-        return first, -last
-    if first + last >= plan.binding.blocks:
-        raise ArgumentError(f"blocks: first {first} and last {last} leave none of the model's {plan.binding.blocks}")
-    return first, plan.binding.blocks - last
-
-
-def with_rules(plan: Plan, rules: Sequence[tuple[Rule, ...]], name: str, arguments: dict[str, Any]) -> Plan:
-    """The plan with `rules[k]` added to evaluation k, recorded in the recipe as pass `name`, verified."""
-    added = iter(rules)
-    steps = []
-    for step in plan.steps:
-        if step.variant is not None:
-            merged = (*step.variant.rules, *next(added))
-            if plan.binding is not None:  # what is bound stays in normal form
-                merged = normal_form(merged, step.variant.branches)
-            step = replace(step, variant=replace(step.variant, rules=merged))
-        steps.append(step)
-    recipe = plan.recipe
-    if recipe is not None:
-        recipe = replace(recipe, passes=(*recipe.passes, (name, Args.of(arguments))))
-    return verify(replace(plan, steps=tuple(steps), recipe=recipe))
-
-
+# ---------------------------------------------------------------- rules out of rows
 def recorded(plan: Plan, name: str) -> dict[str, Any] | None:
     """The arguments of the last pass `name` in the recipe, None without one."""
     passes = () if plan.recipe is None else plan.recipe.passes
     return next((args.to_dict() for pass_name, args in reversed(passes) if pass_name == name), None)
 
 
-# ---------------------------------------------------------------- rules out of rows
 def block_count(plan: Plan) -> tuple[int, int | None]:
     """(blocks, index of the block that stands for all that no rule names singly); unbound: the smallest such model."""
     if plan.binding is not None:

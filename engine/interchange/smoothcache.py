@@ -22,10 +22,9 @@ from vivace.engine.interchange.cells import (
     recorded,
     require_plain,
     require_zeros_and_ones,
-    span,
     timelines,
-    with_rules,
 )
+from vivace.engine.passes.rules import span, with_rules
 from vivace.engine.plan import Action, Plan, Rule
 from vivace.errors import ArgumentError, UnsupportedError
 

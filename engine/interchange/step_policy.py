@@ -21,16 +21,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vivace.engine.interchange.cells import (
-    block_count,
-    cells,
-    evaluations,
-    read_json,
-    recorded,
-    require_plain,
-    span,
-    with_rules,
-)
+from vivace.engine.interchange.cells import block_count, cells, read_json, recorded, require_plain
+from vivace.engine.passes.rules import evaluations, span, with_rules
 from vivace.engine.plan import PRECISIONS, Plan, Rule
 from vivace.engine.plan_codec import MAX_INT
 from vivace.errors import ArgumentError, PlanError, UnsupportedError

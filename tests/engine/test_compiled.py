@@ -37,6 +37,8 @@ class ToyCompiler:
     def __init__(self, toy):
         self.toy, self.made, self.hoists, self.seen, self.refuses = toy, [], [], [], False
 
+    precisions = frozenset({"bf16"})
+
     def why_not(self, variant):
         return "it refuses guidance" if self.refuses and "uncond" in variant.branches else None
 

@@ -65,6 +65,8 @@ class Staged(Toy):
             pieces.append(Piece(key, numbers | {"x": x}, forward(branch), shifted))
         return tuple(pieces)
 
+    precisions = frozenset()
+
     def why_not(self, variant):
         return None
 

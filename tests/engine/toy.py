@@ -14,6 +14,7 @@ class Toy:
     """Elementwise network in float32; counts its calls and the samples of each."""
 
     models = ("main",)
+    precisions = frozenset()
 
     def __init__(self, prediction="v", coupled=False):
         self.spec = ModelSpec("toy", "0" * 64, prediction, SHAPE, 4, (4, 4))

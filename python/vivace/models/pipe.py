@@ -35,6 +35,7 @@ class ClassDenoiser:
     """The native DiT as the engine's `Denoiser`: conditions are classes found by prompt, uncond is the null label."""
 
     models: tuple[str, ...] = ("main",)
+    precisions: frozenset[str] = frozenset()
 
     def __init__(self, model: LoadedModel) -> None:
         self.model, self.spec = model, model.spec

@@ -84,6 +84,11 @@ class FusedCompiler:
         self._fused = {name: fuse(network, pack=True) for name, network in denoiser.networks.items()}
         self.denoiser.networks = {name: stand_in for name, (stand_in, _) in self._fused.items()}
 
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which rows run, where a plan names precisions."""
+        return frozenset()
+
     def why_not(self, variant: Variant) -> str | None:
         return None  # whatever needs more than whole forwards was refused before
 

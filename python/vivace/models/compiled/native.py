@@ -72,6 +72,11 @@ class NativeCompiler:
         self.measured: dict[int, dict[str, Any]] = {}
         self._rows: dict[str, CppRow | SequenceRow] = {}
 
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which rows run, where a plan names precisions."""
+        return frozenset()
+
     def why_not(self, variant: Variant) -> str | None:
         return None  # whatever needs more than whole forwards was refused before
 

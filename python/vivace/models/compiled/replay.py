@@ -41,6 +41,11 @@ class DitReplay:
         self.sequence = DitSequence(model, linears)
         self._positions: dict[Grid, Tensor] = {}
 
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which rows run, where a plan names precisions."""
+        return frozenset()
+
     def why_not(self, variant: Variant) -> str | None:
         """Nothing stands in the way of whole forwards."""
         return None

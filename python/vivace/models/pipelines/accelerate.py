@@ -234,7 +234,7 @@ def _check(plan: Plan) -> None:
     """Refuse tails, and rows that need more than whole evaluations."""
     if plan.recipe is not None and plan.recipe.tail is not None:
         raise ArgumentError("accelerate: the plan is a tail; give the full plan, of which the call's strength cuts one")
-    check_whole(plan, "a pipeline's loop", models=True)
+    check_whole(plan, "a pipeline's loop", True)
 
 
 @cache

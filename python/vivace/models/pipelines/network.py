@@ -75,6 +75,11 @@ class NetworkDenoiser:
 
         return foreign_compiler(self)
 
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which rows run, where a plan names precisions."""
+        return frozenset()
+
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be staged; None when it can."""
         return None if variant.model in self.networks else f"there is no network {variant.model!r}"
