@@ -6,7 +6,9 @@ fixed by each runtime when it compiles.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +54,40 @@ def onnx_int8(model: BenchModel, kind: str) -> Artefact:
 def openvino(model: BenchModel, *, int8: bool = False) -> Artefact:
     """OpenVINO's own form (IR) of the float32 or the static INT8 graph.
 
-    Weights that are bfloat16 on disk are kept in 16 bits here too, and the float32 graph they went through is not kept.
+    Weights that are bfloat16 on disk are kept in 16 bits here too.
     """
     source = onnx_int8(model, "static") if int8 else onnx(model)
     key = {"format": FORMAT, "from": source.path.name, **versions("openvino")}
-    narrow = model.stored == "bfloat16"
 
     def convert(place: Path) -> None:
         import openvino as ov
 
-        path = place / FILE if narrow else source.get() / FILE
-        if narrow:
-            _export(model, path)
-        ov.save_model(ov.convert_model(path), place / "graph.xml", compress_to_fp16=narrow)
-        for part in place.glob(f"{FILE}*"):
-            part.unlink()
+        if int8:
+            return ov.save_model(ov.convert_model(source.get() / FILE), place / "graph.xml", compress_to_fp16=False)
+        with _floats(model, place) as path:
+            ov.save_model(ov.convert_model(path), place / "graph.xml", compress_to_fp16=_narrow(model))
 
     return Artefact(source.kind.replace("onnx", "openvino"), key, convert)
+
+
+def _narrow(model: BenchModel) -> bool:
+    """Weights are bfloat16 on disk: a model so large that its float32 graph is not kept."""
+    return model.stored == "bfloat16"
+
+
+@contextmanager
+def _floats(model: BenchModel, place: Path) -> Iterator[Path]:
+    """The float32 graph: the kept one, or one that lies in `place` meanwhile."""
+    if not _narrow(model):
+        yield onnx(model).get() / FILE
+        return
+    folder = place / "float32"
+    folder.mkdir()
+    try:
+        _export(model, folder / FILE)
+        yield folder / FILE
+    finally:
+        shutil.rmtree(folder)
 
 
 def _key(model: BenchModel, *libraries: str) -> dict[str, Any]:
@@ -88,25 +107,32 @@ def _export(model: BenchModel, path: Path) -> None:
         )  # fmt: skip
 
 
-def _without_shapes(model: BenchModel, path: Path) -> Path:
-    """The graph without inferred shapes, which contradict the quantizer's own."""
+@contextmanager
+def _without_shapes(model: BenchModel, place: Path) -> Iterator[Path]:
+    """The float32 graph without inferred shapes, which contradict the quantizer's own; in `place` meanwhile."""
     import onnx as library
 
-    graph = library.load(onnx(model).get() / FILE)
-    del graph.graph.value_info[:]
-    plain = path.with_name("plain.onnx")
-    library.save(graph, plain)
-    return plain
+    folder = place / "plain"
+    folder.mkdir()
+    try:
+        with _floats(model, place) as path:
+            graph = library.load(path)
+            del graph.graph.value_info[:]
+            library.save(graph, folder / FILE, save_as_external_data=_narrow(model), location="weights")
+            del graph
+        yield folder / FILE
+    finally:
+        shutil.rmtree(folder)
 
 
 def _quantize_dynamic(model: BenchModel, path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    plain = _without_shapes(model, path)
-    quantize_dynamic(
-        plain, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
-    )
-    plain.unlink()
+    with _without_shapes(model, path.parent) as plain:
+        quantize_dynamic(
+            plain, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
+            use_external_data_format=_narrow(model),
+        )  # fmt: skip
 
 
 def _quantize_static(model: BenchModel, path: Path) -> None:
@@ -118,13 +144,12 @@ def _quantize_static(model: BenchModel, path: Path) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(self.rows, None)
 
-    plain = _without_shapes(model, path)
-    quantize_static(
-        plain, path, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
-        extra_options={"MatMulConstBOnly": True},
-    )  # fmt: skip
-    plain.unlink()
+    with _without_shapes(model, path.parent) as plain:
+        quantize_static(
+            plain, path, Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"MatMulConstBOnly": True}, use_external_data_format=_narrow(model),
+        )  # fmt: skip
 
 
 def calibration(model: BenchModel) -> Iterator[dict[str, Any]]:
