@@ -16,10 +16,11 @@ import torch
 
 import vivace
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians
+from vivace.bench.int8_weights import WEIGHTS, int8_weights
 from vivace.bench.models import MODELS, BenchModel, flops
 from vivace.bench.peers import Peer, absent, prepared, reference, runtime
 from vivace.bench.roofline import gemm_peak
-from vivace.engine.passes import apply_guidance
+from vivace.engine.passes import apply_guidance, apply_precision
 from vivace.engine.planning import make_plan
 from vivace.errors import BackendError
 from vivace.kernels.spec import error_of, missing
@@ -36,13 +37,19 @@ LIMIT = 0.15  # error against eager float32 above which nothing is timed
 
 
 class SteadyRow:
-    """A session that steps one request through a plan of many rows: one call is one row. batch 2: a guided pair."""
+    """A session that steps one request through a plan of many rows: one call is one row. batch 2: a guided pair.
+
+    dtype: of the network; "int8": its quantized blocks, the rest in bfloat16.
+    """
 
     def __init__(self, model: BenchModel, dtype: str, batch: int, *, hoist: bool = True) -> None:
         begin = time.perf_counter()
-        pipe = vivace.load(str(model.folder))
+        int8 = dtype == "int8"
+        pipe = vivace.load(str(model.folder), quantized=int8_weights(model).get() / WEIGHTS if int8 else None)
         plan = make_plan(pipe.spec.schedule, "ddim", ROWS, prediction=pipe.spec.prediction)
         plan = apply_guidance(plan, GUIDANCE) if batch == 2 else plan
+        if int8:
+            plan, dtype = apply_precision(plan, "int8"), "bfloat16"
         threads = torch.get_num_threads()
         self.session = pipe.compile(plan, backend=BACKEND, dtype=dtype, threads=threads, hoist=hoist)
         self.model, self.batch, self.state = model, batch, None
@@ -120,14 +127,15 @@ def _described(
     own = times.get(f"{row['backend']} {row['dtype']}")
     done = batch * flops(model.opened.config, modulation=False)
 
-    def over(peer: str) -> float | None:
-        found = times.get(f"{peer} {row['dtype']}")
-        return found.median / own.median if own is not None and found is not None else None
+    def over(peer: str, *dtypes: str) -> float | None:
+        found = [times[key] for each in (row["dtype"], *dtypes) if (key := f"{peer} {each}") in times]
+        return found[0].median / own.median if own is not None and found else None
 
     return {"op": "dit", "case": case} | row | {
         "ms": None if own is None else own.to_dict(),
         "percent_of_roofline": None if own is None else 1e5 * done / own.median / gemm_peak(row["dtype"].split()[0]),
         "over_eager": over("diffusers"), "over_compile": over("torch.compile"), "over_openvino": over("openvino"),
+        "over_onnxruntime": over("onnxruntime", "int8 dynamic"),
         "tokens": model.tokens, "threads": torch.get_num_threads(), "seed": SEED,
     }  # fmt: skip
 
@@ -205,7 +213,7 @@ class Stages:
 def clocked_stages(model: BenchModel) -> Stages:
     """The stages of one bfloat16 row, modulation given."""
     from vivace.engine.compiled import Bucket
-    from vivace.models.compiled.cpp_row import CppRow
+    from vivace.models.compiled.cpp_row import CLOCKED, CppRow
     from vivace.models.compiled.hoist import modulation_table
 
     network = vivace.load(str(model.folder), dtype="bfloat16").model.module
@@ -216,7 +224,7 @@ def clocked_stages(model: BenchModel) -> Stages:
 
     def once() -> Stages:
         row.run(x, (0,), [table], [[(0, 0)]], clock=True)
-        return Stages(dict(zip(("linear", "attention", "norm", "rest"), row.clocked, strict=True)), once)
+        return Stages(dict(zip(CLOCKED, row.clocked, strict=True)), once)
 
     return once()
 
@@ -238,7 +246,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
 
 
 def full_rows() -> list[dict[str, Any]]:
-    """DiT-B/2 alone and as a guided pair in both dtypes against every runtime, INT8 included; DiT-XL/2 in bfloat16."""
+    """DiT-B/2 alone and as a guided pair in both dtypes against every runtime; DiT-XL/2 in bfloat16."""
     if _cannot() is not None:
         return []
     everything = {name: runtime(name).DTYPES for name in PEERS}
@@ -247,7 +255,5 @@ def full_rows() -> list[dict[str, Any]]:
         for dtype in ("float32", "bfloat16"):
             own = {name: tuple(d for d in dtypes if d == dtype) for name, dtypes in everything.items()}
             rows += case_rows(BASE, dtype, batch, False, own, (HOISTED, WHOLE))[0]
-        int8 = {name: tuple(d for d in dtypes if d.startswith("int8")) for name, dtypes in everything.items()}
-        rows += case_rows(BASE, "bfloat16", batch, False, int8, (HOISTED,))[0]
     large = {"eager": ("bfloat16",), "open_vino": ("bfloat16",)}
     return rows + case_rows(LARGE, "bfloat16", 1, False, large, (HOISTED, WHOLE))[0]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vivace.bench import e2e_cases as cases
+from vivace.bench import e2e_int8
 from vivace.bench.e2e_cases import DEFAULT_STEPS, TARGET, Case
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
 from vivace.bench.memory import Growth
@@ -37,7 +38,7 @@ CLASSES = range(0, 340, 17)
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 PEERS = ("eager", "inductor", "cachedit", "onnx_runtime", "open_vino")
 SECONDS = {True: 12.0, False: 60.0}  # of timed rounds, quick or not
-LATER = ("guidance", "cache", "tokens", "int8")  # factors that this release has not
+LATER = ("guidance", "cache", "tokens")  # factors that this release has not
 RANDOM_LABELS, RANDOM_GUIDANCE, RANDOM_STEPS, TIMED_STEPS = (207, 980), 4.0, 12, 2
 
 
@@ -61,8 +62,9 @@ FACTORS = (
     Factor("solver + fusion", solver=True, compiled=True),
     Factor("solver + fusion + hoisting", solver=True, compiled=True, hoist=True),
     Factor("all", solver=True, compiled=True, hoist=True, dtype="bfloat16"),
+    Factor("all, int8", solver=True, compiled=True, hoist=True, dtype="int8"),
 )
-ALL = FACTORS[-1]
+ALL = next(factor for factor in FACTORS if factor.name == "all")
 
 
 @dataclass
@@ -307,6 +309,7 @@ def _cannot() -> str | None:
 CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
     "e2e.vs_diffusers_default": vs_diffusers_default,
     "e2e.recompiles_on_number_change": recompiles,
+    **e2e_int8.CLAIMS,
 }
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vivace.bench.artefacts import Artefact
+from vivace.bench.int8_weights import WEIGHTS, int8_weights
 from vivace.bench.models import BenchModel
 from vivace.bench.peers import Network
 from vivace.bench.peers.eager import network
@@ -87,15 +88,17 @@ def quality(latents: Tensor, reference: Tensor) -> float:
 
 # ---------------------------------------------------------------- vivace, by its public interface
 @cache
-def _loaded(folder: Path) -> Any:
+def _loaded(folder: Path, quantized: Path | None) -> Any:
     import vivace
 
-    return vivace.load(str(folder))
+    return vivace.load(str(folder), quantized=quantized)
 
 
 def compile_vivace(case: Case, plan: Plan, backend: str, dtype: str, *, hoist: bool = True) -> Any:
-    """A session for the case's model, with torch's number of threads."""
-    pipe = _loaded(case.model.folder)
+    """A session for the case's model, with torch's number of threads; "int8": quantized blocks, the rest bfloat16."""
+    int8 = dtype == "int8"
+    pipe = _loaded(case.model.folder, int8_weights(case.model).get() / WEIGHTS if int8 else None)
+    dtype = "bfloat16" if int8 else dtype
     return pipe.compile(plan, backend=backend, dtype=dtype, threads=torch.get_num_threads(), hoist=hoist)
 
 

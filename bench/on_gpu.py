@@ -1,6 +1,6 @@
-"""The denoiser and whole pictures on a GPU: ours as graphs against the same network by torch, compiled, and quantized.
+"""Products, the denoiser and whole pictures on a GPU: ours as graphs against the same network by torch, compiled, and quantized.
 
-    python -m vivace.bench.on_gpu denoiser|e2e [OUT.json]
+    python -m vivace.bench.on_gpu products|denoiser|large|e2e [OUT.json]
 
 Every candidate runs in the same interleaved rounds: a span of calls between two synchronizations, so that work of the
 host counts where the device waits for it, and only there. Each result is compared with eager float32 first. The network
@@ -13,8 +13,7 @@ import itertools
 import json
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -25,29 +24,33 @@ import torch
 from torch import Tensor
 
 import vivace
-from vivace.bench import device
+from vivace.bench import device, gpu_products
 from vivace.bench import e2e_cases as cases
 from vivace.bench.compiling import no_longer_than
 from vivace.bench.e2e import CLASSES
-from vivace.bench.harness import Timing, report
-from vivace.bench.models import MODELS, BenchModel, flops
+from vivace.bench.harness import Claim, Timing, report
+from vivace.bench.models import MODELS, BenchModel, flops, sizes
 from vivace.bench.peers import absent
 from vivace.bench.peers.loop import draw, scheduler
-from vivace.engine.passes import apply_guidance
-from vivace.engine.planning import make_plan
+from vivace.bench.steady import BACKEND, SteadyRow
 from vivace.errors import BackendError, VivaceError
 from vivace.kernels.spec import error_of
 from vivace.models.dit import DiT
 
 SEED = 7
-BACKEND = "cuda_graph"  # our compiled executor
-ROWS = 64  # of the plan that is stepped through, again and again
-GUIDANCE = 4.0
 COMPILE_SECONDS = 60  # that a peer may take
 SECONDS = 3.0  # of timed rounds of one table
 LIMIT = 0.15  # error against eager float32 above which nothing is timed
-WATCHED = 8  # rows in which a wait for the device would be seen
 DENOISERS = (("DiT-B/2", "bfloat16"), ("DiT-XL/2", "bfloat16"), ("DiT-B/2", "float32"))
+LARGE = BenchModel("DiT-XL/2, 1024", sizes(28, 16, 72, size=128), "bfloat16")  # 4,096 tokens
+# (name, modulation hoisted, precision of the linears); the last ones beside bfloat16
+OURS_STEADY = (
+    ("vivace", True, None),
+    ("vivace, nothing hoisted", False, None),
+    ("vivace int8", True, "int8"),
+    ("vivace fp8", True, "fp8"),
+)
+OVER_COMPILE = 1.5  # int8 over torch.compile in bfloat16
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -58,54 +61,6 @@ class Row:
     columns: dict[str, Any]
     call: Callable[[], Any]
     prepare: Callable[[int], Any] = field(default=lambda calls: None)
-
-
-class SteadyRow:
-    """A session that steps one guided request through a plan of many rows: one call is one row."""
-
-    def __init__(self, model: BenchModel, dtype: str, *, hoist: bool = True) -> None:
-        begin = time.perf_counter()
-        pipe = vivace.load(str(model.folder))
-        plan = make_plan(pipe.spec.schedule, "ddim", ROWS, prediction=pipe.spec.prediction)
-        plan = apply_guidance(plan, GUIDANCE)
-        self.session = pipe.compile(plan, backend=BACKEND, device=device.PLACE, dtype=dtype, hoist=hoist)
-        self.label, self.state = int(model.inputs(1)[2][0]), None
-        self.prepare(1)
-        self()
-        torch.cuda.synchronize()
-        self.compile_s = time.perf_counter() - begin
-
-    def prepare(self, calls: int) -> None:
-        """A fresh request unless the one in flight has so many rows left."""
-        if self.state is None or len(self.state.plan.steps) - self.state.row < calls:
-            if self.state is not None:
-                self.session.abort(self.state)
-            self.state = self.session.begin(vivace.Request(self.label))
-
-    def __call__(self) -> None:
-        self.session.step([self.state])
-
-    def prediction(self, model: BenchModel) -> Tensor:
-        """Both branches of the bench's input."""
-        x, t, _ = model.inputs(1, self.session.denoiser.dtype)
-        variant = self.session.plans[0].steps[0].variant
-        outs = self.session.executor.evaluate(
-            x.to(device.PLACE), t.tolist(), [self.session.denoiser.encode(self.label)], variant
-        )
-        return torch.cat([out.float() for out in outs])
-
-    def waits(self) -> int:
-        """How often the host waited for the device in some rows."""
-        self.prepare(WATCHED)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
-                for _ in range(WATCHED):
-                    self()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
 # ---------------------------------------------------------------- peers
@@ -191,8 +146,14 @@ def denoiser_rows(model: BenchModel, dtype: str) -> list[dict[str, Any]]:
         exact = called(module)(*inputs)
     del module
     table, rows = list[Row](), list[dict[str, Any]]()
-    for told, hoist in (("vivace", True), ("vivace, nothing hoisted", False)):
-        steady = SteadyRow(model, dtype, hoist=hoist)
+    for told, hoist, precision in OURS_STEADY if dtype == "bfloat16" else OURS_STEADY[:2]:
+        try:
+            steady = SteadyRow(model, dtype, hoist=hoist, precision=precision)
+        except VivaceError as error:
+            if precision is None:
+                raise
+            rows.append({"backend": told, "dtype": dtype, "reason": str(error)})
+            continue
         columns = {"backend": told, "dtype": dtype, "network": "native", "compile_s": steady.compile_s}
         columns |= {"error": error_of(steady.prediction(model), exact), "host_waits": steady.waits()}
         if not columns["error"] <= LIMIT:
@@ -228,6 +189,21 @@ def described(columns: dict[str, Any], times: Mapping[str, Timing], work: float 
     for column, name in (("over_eager", "eager"), ("over_compile", "torch.compile"), ("over_int8", "torchao int8")):
         told[column] = times[name].median / ms if name in times else None
     return told
+
+
+def large() -> Iterator[list[dict[str, Any]]]:
+    """One guided evaluation at 4,096 tokens."""
+    yield denoiser_rows(LARGE, "bfloat16")
+
+
+def int8_claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """int8 against torch.compile in bfloat16, for every case that was timed."""
+    ours = [row for row in rows if row["backend"] == "vivace int8" and "DiT-XL/2" in row["case"]]
+    return [
+        Claim(f"gpu.int8_over_compile[{row['case']}]", ">=", OVER_COMPILE, row.get("reason") or "spans of calls, medians",
+              row.get("over_compile"), n=row.get("ms", {}).get("rounds", 0))
+        for row in ours
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- whole pictures
@@ -361,7 +337,12 @@ THEIRS: tuple[tuple[str, str, str, int | None, tuple[str, ...]], ...] = (
 )
 
 
-SUITES: Mapping[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {"denoiser": denoiser, "e2e": e2e}
+SUITES: Mapping[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
+    "products": gpu_products.products, "denoiser": denoiser, "large": large, "e2e": e2e,
+}  # fmt: skip
+CLAIMS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[Claim]]] = {
+    "products": gpu_products.claims, "denoiser": int8_claims, "large": int8_claims,
+}  # fmt: skip
 
 
 def main(suite: str, out: Path | None) -> int:
@@ -377,7 +358,8 @@ def main(suite: str, out: Path | None) -> int:
                 ms = f"{row['ms']['median']:9.3f} ms" if "ms" in row else row["reason"]
                 print(f"{row['case']:12} {row['backend']:28} {row['dtype']:9} {ms}", flush=True)
             if out is not None:
-                out.write_text(json.dumps(report(f"{suite} on a GPU", rows, []), indent=1) + "\n")
+                told = report(f"{suite} on a GPU", rows, CLAIMS.get(suite, lambda rows: [])(rows))
+                out.write_text(json.dumps(told, indent=1) + "\n")
     except VivaceError as error:
         print(error, file=sys.stderr)
         return 1

@@ -14,16 +14,18 @@ import torch
 
 from vivace.bench import e2e, solvers
 from vivace.bench.artefacts import Artefact, folder, megabytes
+from vivace.bench.int8_weights import int8_weights
 from vivace.bench.models import MODELS
 from vivace.bench.peers import graphs, inductor, runtime
 from vivace.errors import VivaceError
+from vivace.kernels.spec import CPU, missing
 
 PAIR = 2  # rows of a guided evaluation
 # (model, dtypes and batches of inductor's code, whether INT8 and ONNX are needed too)
 PLANS = (
     ("emoji", (("bfloat16", PAIR), ("float32", PAIR)), True),
     ("DiT-B/2", (("bfloat16", 1), ("float32", 1), ("bfloat16", PAIR), ("float32", PAIR)), True),
-    ("DiT-XL/2", (), False),
+    ("DiT-XL/2", (), True),
 )
 
 
@@ -34,6 +36,8 @@ def artefacts() -> Iterator[Artefact]:
         model = MODELS[name]
         if model.artefact is not None:
             yield model.artefact
+        if missing(CPU) is None:
+            yield int8_weights(model)
         if runtime("onnx_runtime").why_not("float32") is None and everything:
             yield graphs.onnx_int8(model, "dynamic")
         if runtime("open_vino").why_not("float32") is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vivace.kernels.int8_linear import int8_linear
 from vivace.kernels.linear import linear, pack_weight
 from vivace.kernels.spec import CPU, missing
 
@@ -19,7 +20,7 @@ SPAN = 0.2  # seconds for each candidate
 
 @cache
 def gemm_peak(dtype: str) -> float:
-    """Operations per second of the best of torch's, oneDNN's prepacked and our linear; "int8": torch's product."""
+    """Operations per second of the best product: torch's, oneDNN's prepacked, ours."""
     return max(_rate(call) for call in _products(dtype))
 
 
@@ -38,6 +39,9 @@ def _products(dtype: str) -> Iterator[Callable[[], Any]]:
     if dtype == "int8":
         a, b = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((ROWS, DEPTH), (COLUMNS, DEPTH)))
         yield lambda: torch._int_mm(a, b.t())
+        if missing(CPU) is None:
+            panels, by_row, by_column = pack_weight(b), torch.ones(ROWS), torch.ones(COLUMNS)
+            yield lambda: int8_linear(a, panels, by_row, by_column)
         return
     x, weight = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in ((ROWS, DEPTH), (COLUMNS, DEPTH)))
     yield lambda: F.linear(x, weight)

@@ -67,6 +67,7 @@ class OpSpec:
         cases: makes the cases; called on first use.
         tolerance: absolute error granted besides rounding: 0, or what the definition states.
         bytes_moved, flops: of one call, from the arguments of the public function.
+        absent: why backends without an implementation have none; told in errors.
     """
 
     name: str
@@ -76,6 +77,7 @@ class OpSpec:
     tolerance: float
     bytes_moved: Callable[..., int]
     flops: Callable[..., int]
+    absent: str = ""
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -120,9 +122,13 @@ _REGISTRY: dict[str, OpSpec] = {}
 _OPS = (
     "adaln_modulate",
     "attention",
+    "fp8_linear",
+    "fp8_quantize_tokens",
     "gated_residual",
     "gelu",
+    "int8_attention",
     "int8_linear",
+    "int8_norm_modulate",
     "linear",
     "norm_modulate",
     "philox_normal",
@@ -143,7 +149,7 @@ def register(spec: OpSpec) -> OpSpec:
     return spec
 
 
-def define(name: str, *, tolerance: float = 0.0, backends: tuple[str, ...] = (CPU, TRITON)) -> OpSpec:
+def define(name: str, *, tolerance: float = 0.0, backends: tuple[str, ...] = (CPU, TRITON), absent: str = "") -> OpSpec:
     """Register the op in `kernels/<name>/` by its fixed stems; its `cases.py` and `cost.py` load on first use."""
     home = f"vivace.kernels.{name}"
 
@@ -159,6 +165,7 @@ def define(name: str, *, tolerance: float = 0.0, backends: tuple[str, ...] = (CP
             tolerance=tolerance,
             bytes_moved=late("cost", "bytes_moved"),
             flops=late("cost", "flops"),
+            absent=absent,
         )
     )
 
@@ -192,7 +199,7 @@ def load(spec: OpSpec, backend: str) -> Callable[..., Any]:
 def why_not(spec: OpSpec, backend: str, device: str, dtype: str) -> str | None:
     """Why `backend` cannot run `spec` on (device, dtype); None when it can."""
     if backend != REFERENCE and backend not in spec.impls:
-        return f"{spec.name} has no {backend} implementation"
+        return f"{spec.name} has no {backend} implementation" + (f": {spec.absent}" if spec.absent else "")
     reason = missing(backend)
     if reason is not None or backend == REFERENCE:
         return reason
@@ -259,7 +266,8 @@ def within_tolerance(actual: Any, eager: Any, exact: Any, *, absolute: float = 0
         absolute: error that the op's definition grants besides (`OpSpec.tolerance`).
     Returns: (holds, error, bound); e is `error_of`.
     """
-    finite = exact[exact.isfinite()]
+    finite = exact.double()
+    finite = finite[finite.isfinite()]
     size = float(finite.abs().max().item()) if finite.numel() else 1.0
     bound = 2.0 * error_of(eager, exact) + UNIT_ROUNDOFF.get(str(actual.dtype).removeprefix("torch."), 0.0)
     bound += absolute / (size or 1.0)

@@ -11,9 +11,13 @@ from vivace.errors import ArgumentError
 OPS = (
     "adaln_modulate",
     "attention",
+    "fp8_linear",
+    "fp8_quantize_tokens",
     "gated_residual",
     "gelu",
+    "int8_attention",
     "int8_linear",
+    "int8_norm_modulate",
     "linear",
     "norm_modulate",
     "philox_normal",

@@ -126,5 +126,5 @@ def check(problem: Problem, backend: str = CPU) -> dict[str, Any]:
 
 
 def _double(tensor: Tensor) -> Tensor:
-    """Integers stay."""
-    return tensor.double() if tensor.is_floating_point() else tensor
+    """Integers and 8-bit floats stay."""
+    return tensor.double() if tensor.is_floating_point() and tensor.itemsize > 1 else tensor

@@ -17,8 +17,10 @@
 #include "ops/copy.h"
 #include "ops/gelu.h"
 #include "ops/int8_linear.h"
+#include "ops/int8_norm_modulate.h"
 #include "ops/philox_normal.h"
 #include "ops/qk_norm_rope.h"
+#include "ops/quantize_tokens.h"
 #include "ops/sample_adjust.h"
 #include "ops/solver_step.h"
 #include "simd/cpu.h"
@@ -199,6 +201,27 @@ void py_gelu(const RowTensor& out, const RowTensor& hidden, const RowTensor& gat
   gelu({hidden, gate, out, {sizes[0], sizes[1], sizes[2]}, tanh}, threads);
 }
 
+void py_quantize_tokens(Address q, Address scale, const RowTensor& x, Address smooth, Address given, const Sizes& sizes,
+                        int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  const RowShape shape{sizes[0], sizes[1], sizes[2]};
+  quantize_tokens({x, pointer<float>(smooth), pointer<float>(given), pointer<int8_t>(q), pointer<float>(scale), shape},
+                  threads);
+}
+
+void py_int8_norm_modulate(Address q, Address q_scale, const RowTensor& hidden, const RowTensor& scale,
+                           const RowTensor& shift, const RowTensor& weight, const RowTensor& bias, Address smooth,
+                           Address given, const Sizes& sizes, bool centred, double eps, int64_t threads) {
+  const py::gil_scoped_release unlocked;
+  const RowShape shape{sizes[0], sizes[1], sizes[2]};
+  int8_norm_modulate({{hidden, scale, shift, weight, bias, {}, shape, centred, eps},
+                      pointer<float>(smooth),
+                      pointer<float>(given),
+                      pointer<int8_t>(q),
+                      pointer<float>(q_scale)},
+                     threads);
+}
+
 // A packed weight: address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8.
 using PackedNumbers = std::array<int64_t, 5>;
 
@@ -333,6 +356,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("adaln_modulate", &py_adaln_modulate);
   module.def("gelu", &py_gelu);
   module.def("int8_linear", &py_int8_linear);
+  module.def("int8_norm_modulate", &py_int8_norm_modulate);
   module.def("linear", &py_linear);
   module.def("run_products", [](int64_t dtype, int64_t steps, int64_t threads) {
     const py::gil_scoped_release unlocked;
@@ -343,6 +367,7 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("pack_matrix", &py_pack_matrix);
   module.def("qk_norm_rope", &py_qk_norm_rope);
+  module.def("quantize_tokens", &py_quantize_tokens);
   const auto copy = [](auto function) {
     return [function](Address dst, Address src, int64_t bytes, int64_t threads) {
       const py::gil_scoped_release unlocked;

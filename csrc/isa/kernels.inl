@@ -5,9 +5,11 @@
 #include "ops/attention.h"
 #include "ops/gelu.h"
 #include "ops/int8_linear.h"
+#include "ops/int8_norm_modulate.h"
 #include "ops/linear.h"
 #include "ops/philox_normal.h"
 #include "ops/qk_norm_rope.h"
+#include "ops/quantize_tokens.h"
 #include "ops/sample_adjust.h"
 #include "ops/solver_step.h"
 #include "simd/kernels.h"
@@ -21,6 +23,8 @@
 #include "ops/adaln_modulate.inl"
 #include "ops/copy.inl"
 #include "ops/gelu.inl"
+#include "ops/quantize_tokens.inl"
+#include "ops/int8_norm_modulate.inl"
 #include "ops/gemm.inl"
 #include "ops/attention.inl"
 #include "ops/linear.inl"
@@ -43,6 +47,8 @@ extern const Kernels kKernels = {VV_QUOTED(VV_NAMESPACE),
                                  gated_residual_rows,
                                  adaln_modulate_rows,
                                  gelu_rows,
+                                 quantize_tokens_rows,
+                                 int8_norm_modulate_rows,
                                  qk_norm_rope_tokens,
                                  linear_task,
                                  int8_linear_task,

@@ -85,18 +85,26 @@ VV_INLINE RowNorm norm_of(const T* x, const T* next, int64_t width, double eps) 
   return {mean, static_cast<float>(rest), static_cast<float>(1.0 / __builtin_sqrt(positive + eps))};
 }
 
-template <bool kCentred, typename T, typename Out>
-VV_INLINE void norm_row(const T* x, const T* next, Out* out, const float* a, const float* c, int64_t width,
-                        double eps) {
-  const RowNorm norm = norm_of<kCentred>(x, next, width, eps);
+// put(load, store, y) for every vector y of the row normalised and modulated, with load and store of its place.
+template <bool kCentred, typename T, typename Put>
+VV_INLINE void each_normal(const T* x, const RowNorm& norm, const float* a, const float* c, int64_t width,
+                           const Put& put) {
   const F mean = set1(norm.mean), rest = set1(norm.rest), gain = set1(norm.gain);
   const auto normal = [&](F v) { return (kCentred ? (v - mean) - rest : v) * gain; };
   if (a == nullptr) {
-    each_vector(width, [&](auto load_at, auto store_at) { store_at(out, normal(load_at(x))); });
+    each_vector(width, [&](auto load_at, auto store_at) { put(load_at, store_at, normal(load_at(x))); });
   } else {
-    each_vector(width,
-                [&](auto load_at, auto store_at) { store_at(out, normal(load_at(x)) * load_at(a) + load_at(c)); });
+    each_vector(width, [&](auto load_at, auto store_at) {
+      put(load_at, store_at, normal(load_at(x)) * load_at(a) + load_at(c));
+    });
   }
+}
+
+template <bool kCentred, typename T, typename Out>
+VV_INLINE void norm_row(const T* x, const T* next, Out* out, const float* a, const float* c, int64_t width,
+                        double eps) {
+  each_normal<kCentred>(x, norm_of<kCentred>(x, next, width, eps), a, c, width,
+                        [=](auto, auto store_at, F y) { store_at(out, y); });
 }
 
 // a and c of a row, kept from row to row where the rows of a sample share them; null where nothing is given.

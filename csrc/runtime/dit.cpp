@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "core/error.h"
 #include "core/float_mode.h"
 #include "core/team.h"
+#include "runtime/dit_elements.h"
 #include "simd/cpu.h"
 
 namespace vivace {
@@ -21,11 +23,21 @@ void check_size(const char* name, int64_t size) {
   if (size < 1 || size > kMostSize) fail("Dit: ", name, " is ", size, "; needs 1 to ", kMostSize);
 }
 
-void check_layer(const char* name, const DitLinear& layer, int64_t columns, int64_t depth, Dtype dtype) {
+void check_dtype(const char* name, Dtype dtype) {
+  if (dtype != Dtype::kFloat32 && dtype != Dtype::kBfloat16) fail("Dit: ", name, " is neither float32 nor bfloat16");
+}
+
+void check_layer(const char* name, const DitLinear& layer, int64_t columns, int64_t depth, Dtype dtype,
+                 bool int8 = false) {
   const PackedMatrix& w = layer.weight;
   if (w.columns != columns || w.depth != depth)
     fail("Dit: ", name, " is [", w.columns, ", ", w.depth, "]; needs [", columns, ", ", depth, "]");
-  if (w.dtype != dtype) fail("Dit: ", name, " has another dtype than the model");
+  if (int8 && w.dtype == Dtype::kInt8) {
+    if (layer.scale == nullptr) fail("Dit: ", name, " is int8 and has no scale");
+    if (depth > kMostInt8Depth) fail("Dit: ", name, " is int8 and ", depth, " deep; needs at most ", kMostInt8Depth);
+  } else if (w.dtype != dtype) {
+    fail("Dit: ", name, " has another dtype than its activations");
+  }
   if (w.data == nullptr || reinterpret_cast<uintptr_t>(w.data) % 64 != 0)
     fail("Dit: ", name, " has no memory aligned to 64 bytes");
 }
@@ -39,65 +51,11 @@ void check_sizes(const DitModel& model) {
   if (sizes.out_channels < sizes.channels)
     fail("Dit: ", sizes.out_channels, " out_channels hold no prediction of ", sizes.channels, " channels");
   if (sizes.gelu != Activation::kGelu && sizes.gelu != Activation::kGeluTanh) fail("Dit: the activation is no GELU");
-  if (sizes.dtype != Dtype::kFloat32 && sizes.dtype != Dtype::kBfloat16)
-    fail("Dit: the dtype is neither float32 nor bfloat16");
+  check_dtype("the dtype", sizes.dtype);
   for (const double eps : {sizes.attention_eps, sizes.mlp_eps, sizes.head_eps}) {
     if (!(eps >= 0.0) || !std::isfinite(eps)) fail("Dit: eps is ", eps, "; needs a finite number of 0 or more");
   }
 }
-
-// --- elements of latents and activations -----------------------------------------------------------------------------
-
-float widened(float x) { return x; }
-
-float widened(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float wide;
-  memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-void store(float* to, float x) { *to = x; }
-
-void store(uint16_t* to, float x) {  // to nearest even; NaN stays
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  *to = static_cast<uint16_t>(x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Tokens [begin, end) of one sample: pixels of each patch side by side, by channel, row, column.
-template <typename X, typename T>
-void gather_patches(const X* x, T* out, const DitSizes& sizes, int64_t height, int64_t width, int64_t begin,
-                    int64_t end) {
-  const int64_t patch = sizes.patch, across = width / patch;
-  T* to = out + begin * sizes.channels * patch * patch;
-  for (int64_t token = begin; token < end; ++token) {
-    const X* corner = x + token / across * patch * width + token % across * patch;
-    for (int64_t c = 0; c < sizes.channels; ++c) {
-      for (int64_t row = 0; row < patch; ++row) {
-        for (int64_t column = 0; column < patch; ++column)
-          store(to++, widened(corner[(c * height + row) * width + column]));
-      }
-    }
-  }
-}
-
-// The other way round: tokens of row, column, channel, of which the first channels are taken.
-void scatter_pixels(const float* pixels, float* out, const DitSizes& sizes, int64_t height, int64_t width,
-                    int64_t begin, int64_t end) {
-  const int64_t patch = sizes.patch, across = width / patch;
-  for (int64_t token = begin; token < end; ++token) {
-    const float* from = pixels + token * patch * patch * sizes.out_channels;
-    float* corner = out + token / across * patch * width + token % across * patch;
-    for (int64_t row = 0; row < patch; ++row) {
-      for (int64_t column = 0; column < patch; ++column, from += sizes.out_channels) {
-        for (int64_t c = 0; c < sizes.channels; ++c) corner[(c * height + row) * width + column] = from[c];
-      }
-    }
-  }
-}
-
-// --- the sequence ----------------------------------------------------------------------------------------------------
 
 int64_t now() {
   const auto time = std::chrono::steady_clock::now().time_since_epoch();
@@ -112,6 +70,7 @@ struct Job {
   DitRow row;
   int64_t piece;  // tokens of a task, where an op goes token by token
   int64_t start;  // time, when there is a clock
+  std::atomic<int64_t>& fault;
 };
 
 // One member's way through a row.
@@ -127,22 +86,27 @@ class Walk {
         piece_(job.piece),
         pieces_((shape_.tokens + piece_ - 1) / piece_),
         clock_(member.number() == 0 ? call_.clock : nullptr),
-        last_(job.start) {}
+        last_(job.start),
+        fault_(job.fault) {}
 
   void run() {
     inputs();
     linear(row_.stem(call_.positions));
     branches();
-    for (int64_t i = 0; i < static_cast<int64_t>(model_.weights.blocks.size()); ++i) {
-      norm(row_.attention_norm(i));
-      linear(row_.qkv(i));
-      attention(row_.attention());
-      linear(row_.out(i));
-      norm(row_.mlp_norm(i));
-      linear(row_.up(i));
-      linear(row_.down(i));
+    const auto blocks = static_cast<int64_t>(model_.weights.blocks.size());
+    for (int64_t i = 0; i < blocks; ++i) {
+      norm(i, DitSite::kQkv);
+      linear(i, DitSite::kQkv);
+      attention(row_.attention(i));
+      quantize(i, DitSite::kOut);
+      linear(i, DitSite::kOut);
+      norm(i, DitSite::kUp);
+      linear(i, DitSite::kUp);
+      quantize(i, DitSite::kDown);
+      linear(i, DitSite::kDown);
     }
     norm(row_.head_norm());
+    look_at(row_.final().x, kDitSites * blocks);
     linear(row_.final());
     outputs();
     if (clock_ != nullptr) member_.wait(), tick();
@@ -170,6 +134,14 @@ class Walk {
     stage(DitStage::kLinear, linear_tasks(args), [&](int64_t task) { linear_task(args, task, scratch_); });
   }
 
+  void linear(int64_t block, DitSite site) {
+    const LinearArgs args = row_.linear(block, site);
+    look_at(args.x, kDitSites * block + static_cast<int64_t>(site));
+    if (!row_.is_int8(block, site)) return linear(args);
+    const Int8LinearArgs int8 = row_.int8_linear(block, site);
+    stage(DitStage::kLinear, int8_linear_tasks(int8), [&](int64_t task) { int8_linear_task(int8, task, scratch_); });
+  }
+
   void attention(const AttentionArgs& args) {
     stage(DitStage::kAttention, attention_tasks(args), [&](int64_t task) { attention_task(args, task, scratch_); });
   }
@@ -177,6 +149,37 @@ class Walk {
   void norm(const NormModulateArgs& args) {
     pieces(DitStage::kNorm, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
       kernels().norm_modulate_rows(&args, row, begin, end, scratch_);
+    });
+  }
+
+  void norm(int64_t block, DitSite site) {
+    if (!row_.is_int8(block, site)) return norm(row_.norm(block, site));
+    const Int8NormModulateArgs args = row_.int8_norm(block, site, call_.x_scales != nullptr);
+    pieces(DitStage::kNorm, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
+      kernels().int8_norm_modulate_rows(&args, row, begin, end, scratch_);
+    });
+  }
+
+  void quantize(int64_t block, DitSite site) {
+    if (!row_.is_int8(block, site)) return;
+    const QuantizeTokensArgs args = row_.quantize(block, site, call_.x_scales != nullptr);
+    pieces(DitStage::kQuantize, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
+      kernels().quantize_tokens_rows(&args, row, begin, end, scratch_);
+    });
+  }
+
+  // Notes rows whose input of a linear is not finite; of integers their scales tell.
+  void look_at(const RowTensor& x, int64_t place) {
+    if (call_.fault == nullptr) return;
+    pieces(DitStage::kRest, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
+      const int64_t first = row * shape_.tokens + begin, count = end - begin, width = x.token_stride;
+      const bool fine = x.dtype == Dtype::kInt8 ? all_finite(row_.scales() + first, count)
+                        : x.dtype == Dtype::kFloat32
+                            ? all_finite(static_cast<const float*>(x.data) + first * width, count * width)
+                            : all_finite(static_cast<const uint16_t*>(x.data) + first * width, count * width);
+      const int64_t found = place * shape_.rows + row;
+      int64_t seen = fault_.load(std::memory_order_relaxed);
+      while (!fine && found < seen && !fault_.compare_exchange_weak(seen, found, std::memory_order_relaxed)) continue;
     });
   }
 
@@ -192,7 +195,15 @@ class Walk {
       const int64_t count = std::min(vectors, model_.vectors - first), width = model_.width;
       memcpy(row_.modulations() + (row * model_.vectors + first) * width, call_.modulations[row] + first * width,
              static_cast<size_t>(count * width) * sizeof(float));
+      give_scales(row, first / vectors);
     });
+  }
+
+  // The scales of one row in one block, each beside those of the other rows.
+  void give_scales(int64_t row, int64_t block) const {
+    if (call_.x_scales == nullptr || block == static_cast<int64_t>(model_.weights.blocks.size())) return;
+    for (int64_t site = 0; site < kDitSites; ++site)
+      row_.given(block, static_cast<DitSite>(site))[row] = call_.x_scales[row][kDitSites * block + site];
   }
 
   void gather(int64_t sample, int64_t begin, int64_t end) const {
@@ -243,6 +254,7 @@ class Walk {
   int64_t piece_, pieces_;  // tokens of a task; tasks of a row
   int64_t* clock_;
   int64_t last_;  // time until which all is counted
+  std::atomic<int64_t>& fault_;
   DitStage kind_ = DitStage::kRest;
 };
 
@@ -251,17 +263,18 @@ class Walk {
 Dit::Dit(const DitSizes& sizes, DitWeights weights) : model_{sizes, std::move(weights), 0, 0, 0} {
   const auto& [patches, blocks, final] = model_.weights;
   if (blocks.empty()) fail("Dit: a model needs a block");
-  const int64_t width = patches.weight.columns, mlp_width = blocks[0].up.weight.columns;
+  const int64_t width = patches.weight.columns, mlp_width = blocks[0].at(DitSite::kUp).weight.columns;
   model_.width = width, model_.mlp_width = mlp_width;
   model_.vectors = 6 * static_cast<int64_t>(blocks.size()) + 2;
   check_sizes(model_);
   const int64_t area = sizes.patch * sizes.patch;
   check_layer("patches", patches, width, sizes.channels * area, sizes.dtype);
   for (const DitBlock& block : blocks) {
-    check_layer("qkv", block.qkv, 3 * width, width, sizes.dtype);
-    check_layer("out", block.out, width, width, sizes.dtype);
-    check_layer("up", block.up, mlp_width, width, sizes.dtype);
-    check_layer("down", block.down, width, mlp_width, sizes.dtype);
+    check_dtype("a block's attention", block.attention), check_dtype("a block's MLP", block.mlp);
+    check_layer("qkv", block.at(DitSite::kQkv), 3 * width, width, block.attention, true);
+    check_layer("out", block.at(DitSite::kOut), width, width, block.attention, true);
+    check_layer("up", block.at(DitSite::kUp), mlp_width, width, block.mlp, true);
+    check_layer("down", block.at(DitSite::kDown), width, mlp_width, block.mlp, true);
   }
   check_layer("final", final, area * sizes.out_channels, width, sizes.dtype);
 }
@@ -280,8 +293,7 @@ void Dit::check(const DitCall& call) const {
   const int64_t patch = model_.sizes.patch;
   if (call.height % patch != 0 || call.width % patch != 0)
     fail("Dit: ", call.height, " x ", call.width, " pixels are no multiples of the patch, ", patch);
-  if (call.x_dtype != Dtype::kFloat32 && call.x_dtype != Dtype::kBfloat16)
-    fail("Dit: x is neither float32 nor bfloat16");
+  check_dtype("x", call.x_dtype);
   if (call.lane_stride < 0 || call.lane_stride > (int64_t{1} << 60) / call.capacity)
     fail("Dit: ", call.capacity, " lanes of ", call.lane_stride, " elements fit no memory");
   const auto need = [](const char* name, const void* address) {
@@ -293,6 +305,8 @@ void Dit::check(const DitCall& call) const {
       fail("Dit: lane ", call.lanes[j], " of sample ", j, " is not one of ", call.capacity);
   }
   for (int64_t r = 0; r < call.samples * call.branches; ++r) need("a row's modulation", call.modulations[r]);
+  for (int64_t r = 0; call.x_scales != nullptr && r < call.samples * call.branches; ++r)
+    need("a row's x_scales", call.x_scales[r]);
   for (int64_t b = 0; b < call.branches; ++b) need("a branch's result", call.outs[b]);
   if (reinterpret_cast<uintptr_t>(call.arena) % 64 != 0) fail("Dit: the arena is not aligned to 64 bytes");
 }
@@ -310,11 +324,14 @@ void Dit::run(const DitCall& call) const {
   // Pieces that every member gets some of, yet long enough to make modulation vectors once for many tokens.
   const int64_t piece = std::clamp<int64_t>(shape.rows * shape.tokens / (4 * members), 4, 32);
   const DitRow row(model_, shape, plan, reinterpret_cast<uintptr_t>(call.arena));
-  const Job job{model_, call, shape, row, piece, call.clock != nullptr ? now() : 0};
+  constexpr int64_t kNone = INT64_MAX;
+  std::atomic<int64_t> fault{kNone};
+  const Job job{model_, call, shape, row, piece, call.clock != nullptr ? now() : 0, fault};
   Team(members).run([&](Member& member) {
     const FloatMode mode;
     Walk(job, member).run();
   });
+  if (call.fault != nullptr) *call.fault = fault == kNone ? -1 : fault.load();
 }
 
 }  // namespace vivace

@@ -7,11 +7,32 @@
 #include "core/thread_pool.h"
 
 namespace vivace {
+namespace {
+
+// Bytes of an element of any activation.
+int64_t widest(const DitModel& model) {
+  int64_t bytes = dtype_size(model.sizes.dtype);
+  for (const DitBlock& block : model.weights.blocks)
+    bytes = std::max({bytes, dtype_size(block.attention), dtype_size(block.mlp)});
+  return bytes;
+}
+
+// The widest input that is quantized; 0 without int8 weights.
+int64_t most_integers(const DitModel& model) {
+  int64_t most = 0;
+  for (const DitBlock& block : model.weights.blocks) {
+    for (const DitLinear& layer : block.linears)
+      most = std::max(most, layer.weight.dtype == Dtype::kInt8 ? layer.weight.depth : 0);
+  }
+  return most;
+}
+
+}  // namespace
 
 DitArena plan_arena(const DitModel& model, const DitShape& shape, int64_t threads, int64_t scratch_floats) {
   const auto [rows, samples, tokens] = shape;
   const int64_t depth = model.weights.patches.weight.depth, pixels = model.weights.final.weight.columns;
-  const int64_t width = model.width, element = dtype_size(model.sizes.dtype);
+  const int64_t width = model.width, element = widest(model), integers = most_integers(model);
   const int64_t most = std::max({depth, pixels, 3 * width, model.mlp_width, model.vectors * width});
   if (static_cast<double>(rows) * static_cast<double>(tokens) * static_cast<double>(most) > 0x1p46)
     fail("Dit: ", rows, " rows of ", tokens, " tokens fit no memory");
@@ -27,6 +48,9 @@ DitArena plan_arena(const DitModel& model, const DitShape& shape, int64_t thread
   plan.hidden = take(states * width * 4);
   plan.narrow = take(std::max(states * width, samples * tokens * depth) * element);
   plan.broad = take(std::max(states * std::max(3 * width, model.mlp_width) * element, states * pixels * 4));
+  plan.integers = take(states * integers);
+  plan.scales = take(integers > 0 ? states * 4 : 0);
+  plan.given = take(kDitSites * static_cast<int64_t>(model.weights.blocks.size()) * rows * 4);
   plan.scratch_stride = (scratch_floats * 4 + 63) / 64 * 64;
   plan.scratch = take(plan.scratch_stride * std::clamp<int64_t>(threads, 1, kMostThreads));
   plan.bytes = bytes;
@@ -41,77 +65,97 @@ RowTensor DitRow::vector(int64_t index) const {
   return {modulations() + index * model_.width, Dtype::kFloat32, model_.vectors * model_.width, 0};
 }
 
-NormModulateArgs DitRow::norm(int64_t first, double eps) const {
+NormModulateArgs DitRow::norm(int64_t first, double eps, Dtype dtype) const {
   const RowShape shape{shape_.rows, shape_.tokens, model_.width};
-  const RowTensor out = states(plan_.narrow, model_.sizes.dtype, model_.width);
+  const RowTensor out = states(plan_.narrow, dtype, model_.width);
   return {hidden_states(), vector(first + 1), vector(first), {}, {}, out, shape, true, eps};
 }
 
-// x W^T + b from one buffer of activations to another.
-LinearArgs DitRow::project(const DitLinear& layer, int64_t from, int64_t to) const {
-  const Dtype dtype = model_.sizes.dtype;
-  const auto [data, columns, depth, weight_dtype] = layer.weight;
-  const RowShape shape{shape_.rows, shape_.tokens, depth};
-  return {states(from, dtype, depth), layer.weight, layer.bias, Activation::kNone, {}, {},
-          states(to, dtype, columns), shape};
+NormModulateArgs DitRow::norm(int64_t block, DitSite site) const {
+  const bool attention = site == DitSite::kQkv;
+  const double eps = attention ? model_.sizes.attention_eps : model_.sizes.mlp_eps;
+  return norm(6 * block + (attention ? 0 : 3), eps, block_at(block).dtype(site));
 }
 
-// hidden + gate * (x W^T + b), in place.
-LinearArgs DitRow::add(const DitLinear& layer, int64_t from, int64_t gate) const {
-  LinearArgs args = project(layer, from, plan_.hidden);
-  args.gate = vector(gate);
-  args.residual = args.out = hidden_states();
+Int8NormModulateArgs DitRow::int8_norm(int64_t block, DitSite site, bool by_row) const {
+  return {norm(block, site), layer(block, site).smooth, by_row ? given(block, site) : nullptr,
+          at<int8_t>(plan_.integers), scales()};
+}
+
+QuantizeTokensArgs DitRow::quantize(int64_t block, DitSite site, bool by_row) const {
+  const DitLinear& linear = layer(block, site);
+  const int64_t from = site == DitSite::kOut ? plan_.narrow : plan_.broad, depth = linear.weight.depth;
+  return {states(from, block_at(block).dtype(site), depth),
+          linear.smooth,
+          by_row ? given(block, site) : nullptr,
+          at<int8_t>(plan_.integers),
+          scales(),
+          {shape_.rows, shape_.tokens, depth}};
+}
+
+// x W^T + b from one buffer of activations to another.
+LinearArgs DitRow::project(const DitLinear& layer, int64_t from, int64_t to, Dtype dtype) const {
+  const auto [data, columns, depth, weight_dtype] = layer.weight;
+  const bool int8 = weight_dtype == Dtype::kInt8;
+  const RowTensor x = int8 ? states(plan_.integers, weight_dtype, depth) : states(from, dtype, depth);
+  const RowShape shape{shape_.rows, shape_.tokens, depth};
+  return {x, layer.weight, layer.bias, Activation::kNone, {}, {}, states(to, dtype, columns), shape};
+}
+
+LinearArgs DitRow::linear(int64_t block, DitSite site) const {
+  const int64_t from = site == DitSite::kDown ? plan_.broad : plan_.narrow;
+  LinearArgs args = project(layer(block, site), from, plan_.broad, block_at(block).dtype(site));
+  if (site == DitSite::kUp) args.activation = model_.sizes.gelu;
+  if (site == DitSite::kOut || site == DitSite::kDown) {  // hidden + gate * (x W^T + b), in place
+    args.gate = vector(6 * block + (site == DitSite::kOut ? 2 : 5));
+    args.residual = args.out = hidden_states();
+  }
   return args;
 }
 
+Int8LinearArgs DitRow::int8_linear(int64_t block, DitSite site) const {
+  const auto [x, weight, bias, activation, gate, residual, out, shape] = linear(block, site);
+  return {x, scales(), weight, layer(block, site).scale, bias, activation, gate, residual, out, shape};
+}
+
 LinearArgs DitRow::stem(const float* positions) const {
-  LinearArgs args = project(model_.weights.patches, plan_.narrow, plan_.hidden);
+  LinearArgs args = project(model_.weights.patches, plan_.narrow, plan_.hidden, model_.sizes.dtype);
   args.out = hidden_states();
   args.residual = {const_cast<float*>(positions), Dtype::kFloat32, 0, model_.width};
   args.shape.batch = shape_.samples;
   return args;
 }
 
-LinearArgs DitRow::qkv(int64_t block) const {
-  return project(model_.weights.blocks[static_cast<size_t>(block)].qkv, plan_.narrow, plan_.broad);
-}
-
-AttentionArgs DitRow::attention() const {
+AttentionArgs DitRow::attention(int64_t block) const {
   const int64_t width = model_.width, tokens = shape_.tokens, heads = model_.sizes.heads, head = width / heads;
-  const int64_t element = dtype_size(model_.sizes.dtype);
+  const Dtype dtype = block_at(block).attention;
+  const int64_t element = dtype_size(dtype);
   const auto part = [&](int64_t i) {
     return HeadTensor{at<void>(plan_.broad + i * width * element), tokens * 3 * width, 3 * width, head};
   };
   const HeadTensor out{at<void>(plan_.narrow), tokens * width, width, head};
   const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head)));
-  return {part(0), part(1), part(2), out, model_.sizes.dtype, shape_.rows, heads, tokens, tokens, head, scale};
-}
-
-LinearArgs DitRow::out(int64_t block) const {
-  return add(model_.weights.blocks[static_cast<size_t>(block)].out, plan_.narrow, 6 * block + 2);
-}
-
-LinearArgs DitRow::up(int64_t block) const {
-  LinearArgs args = project(model_.weights.blocks[static_cast<size_t>(block)].up, plan_.narrow, plan_.broad);
-  args.activation = model_.sizes.gelu;
-  return args;
-}
-
-LinearArgs DitRow::down(int64_t block) const {
-  return add(model_.weights.blocks[static_cast<size_t>(block)].down, plan_.broad, 6 * block + 5);
+  return {part(0), part(1), part(2), out, dtype, shape_.rows, heads, tokens, tokens, head, scale};
 }
 
 LinearArgs DitRow::final() const {
-  LinearArgs args = project(model_.weights.final, plan_.narrow, plan_.broad);
+  LinearArgs args = project(model_.weights.final, plan_.narrow, plan_.broad, model_.sizes.dtype);
   args.out = states(plan_.broad, Dtype::kFloat32, args.weight.columns);
   return args;
 }
 
 int64_t scratch_floats(const DitModel& model, const DitShape& shape) {
   const DitRow row(model, shape, {}, 0);
-  int64_t floats = std::max(norm_scratch(model.width), attention_scratch(row.attention()));
-  for (const LinearArgs& args : {row.stem(nullptr), row.qkv(0), row.out(0), row.up(0), row.down(0), row.final()})
-    floats = std::max(floats, linear_scratch(args));
+  int64_t floats = std::max({norm_scratch(model.width), int8_norm_scratch(model.width),
+                             quantize_scratch(std::max(model.width, model.mlp_width)),
+                             linear_scratch(row.stem(nullptr)), linear_scratch(row.final())});
+  for (int64_t i = 0; i < static_cast<int64_t>(model.weights.blocks.size()); ++i) {
+    floats = std::max(floats, attention_scratch(row.attention(i)));
+    for (const DitSite site : {DitSite::kQkv, DitSite::kOut, DitSite::kUp, DitSite::kDown}) {
+      floats = std::max(floats, row.is_int8(i, site) ? int8_linear_scratch(row.int8_linear(i, site))
+                                                     : linear_scratch(row.linear(i, site)));
+    }
+  }
   return floats;
 }
 

@@ -1,22 +1,34 @@
 // What the stages of a DiT's row are called with: the weights, the arena, and the arguments of every op.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "ops/attention.h"
-#include "ops/linear.h"
-#include "ops/norm_modulate.h"
+#include "ops/int8_linear.h"
+#include "ops/int8_norm_modulate.h"
+#include "ops/quantize_tokens.h"
 
 namespace vivace {
 
 struct DitLinear {
-  PackedMatrix weight;
-  const float* bias;  // may be absent
+  PackedMatrix weight;            // int8, or of the dtype of the activations around it
+  const float* bias;              // may be absent
+  const float* scale = nullptr;   // int8: [N], of the weight's rows
+  const float* smooth = nullptr;  // int8: [K], x is multiplied by it before it is quantized; may be absent
 };
 
+// The linears of a block in order of use.
+enum class DitSite { kQkv, kOut, kUp, kDown };
+constexpr int64_t kDitSites = 4;
+
 struct DitBlock {
-  DitLinear qkv, out, up, down;  // [3D, D], [D, D], [M, D], [D, M]
+  DitLinear linears[kDitSites];  // [3D, D], [D, D], [M, D], [D, M]
+  Dtype attention, mlp;          // of the activations around the first and the last two: float32 or bfloat16
+
+  const DitLinear& at(DitSite site) const { return linears[static_cast<int>(site)]; }
+  Dtype dtype(DitSite site) const { return site < DitSite::kUp ? attention : mlp; }
 };
 
 struct DitWeights {
@@ -29,7 +41,7 @@ struct DitSizes {
   int64_t heads, patch, channels, out_channels;  // of out_channels the first `channels` are the prediction
   Activation gelu;
   double attention_eps, mlp_eps, head_eps;
-  Dtype dtype;  // of weights and activations
+  Dtype dtype;  // of weights and activations of stem and head
 };
 
 struct DitModel {
@@ -44,9 +56,10 @@ struct DitShape {
 };
 
 // The arena: offsets in bytes, all multiples of 64. Buffers that are never alive together share memory: `narrow` holds
-// patches, normalised states or joined heads, `broad` queries, keys and values, the inside of the MLP, or pixels.
+// patches, normalised states or joined heads, `broad` queries, keys and values, the inside of the MLP, or pixels,
+// `integers` the quantized input of a linear, whose scales by token are in `scales`; `given` those by row.
 struct DitArena {
-  int64_t modulations, hidden, narrow, broad, scratch;
+  int64_t modulations, hidden, narrow, broad, integers, scales, given, scratch;
   int64_t scratch_stride;  // bytes from one member's scratch memory to the next
   int64_t bytes;
 };
@@ -64,20 +77,26 @@ class DitRow {
       : model_(model), shape_(shape), plan_(plan), arena_(arena) {}
 
   LinearArgs stem(const float* positions) const;
-  NormModulateArgs attention_norm(int64_t block) const { return norm(6 * block, model_.sizes.attention_eps); }
-  LinearArgs qkv(int64_t block) const;
-  AttentionArgs attention() const;
-  LinearArgs out(int64_t block) const;
-  NormModulateArgs mlp_norm(int64_t block) const { return norm(6 * block + 3, model_.sizes.mlp_eps); }
-  LinearArgs up(int64_t block) const;
-  LinearArgs down(int64_t block) const;
-  NormModulateArgs head_norm() const { return norm(model_.vectors - 2, model_.sizes.head_eps); }
+  NormModulateArgs norm(int64_t block, DitSite site) const;  // the one before kQkv or kUp
+  LinearArgs linear(int64_t block, DitSite site) const;      // x: integers where the weight is int8
+  AttentionArgs attention(int64_t block) const;
+  NormModulateArgs head_norm() const { return norm(model_.vectors - 2, model_.sizes.head_eps, model_.sizes.dtype); }
   LinearArgs final() const;
+
+  // Where the weight is int8: what makes its integers, and what multiplies them.
+  bool is_int8(int64_t block, DitSite site) const { return layer(block, site).weight.dtype == Dtype::kInt8; }
+  Int8NormModulateArgs int8_norm(int64_t block, DitSite site, bool by_row) const;  // kQkv, kUp
+  QuantizeTokensArgs quantize(int64_t block, DitSite site, bool by_row) const;     // kOut, kDown
+  Int8LinearArgs int8_linear(int64_t block, DitSite site) const;
 
   float* modulations() const { return at<float>(plan_.modulations); }
   float* hidden() const { return at<float>(plan_.hidden); }
   void* patches() const { return at<void>(plan_.narrow); }
   const float* pixels() const { return at<float>(plan_.broad); }
+  float* scales() const { return at<float>(plan_.scales); }
+  float* given(int64_t block, DitSite site) const {  // [R]
+    return at<float>(plan_.given) + (kDitSites * block + static_cast<int64_t>(site)) * shape_.rows;
+  }
   float* scratch(int member) const { return at<float>(plan_.scratch + member * plan_.scratch_stride); }
 
  private:
@@ -88,9 +107,10 @@ class DitRow {
   RowTensor states(int64_t offset, Dtype dtype, int64_t width) const;
   RowTensor hidden_states() const { return states(plan_.hidden, Dtype::kFloat32, model_.width); }
   RowTensor vector(int64_t index) const;
-  NormModulateArgs norm(int64_t first, double eps) const;
-  LinearArgs project(const DitLinear& layer, int64_t from, int64_t to) const;
-  LinearArgs add(const DitLinear& layer, int64_t from, int64_t gate) const;
+  const DitBlock& block_at(int64_t block) const { return model_.weights.blocks[static_cast<size_t>(block)]; }
+  const DitLinear& layer(int64_t block, DitSite site) const { return block_at(block).at(site); }
+  NormModulateArgs norm(int64_t first, double eps, Dtype dtype) const;
+  LinearArgs project(const DitLinear& layer, int64_t from, int64_t to, Dtype dtype) const;
 
   const DitModel& model_;
   DitShape shape_;

@@ -43,6 +43,12 @@ VV_INLINE U operator-(U a, U b) { return {_mm256_sub_epi32(a.x, b.x)}; }
 VV_INLINE U operator&(U a, U b) { return {_mm256_and_si256(a.x, b.x)}; }
 VV_INLINE U operator^(U a, U b) { return {_mm256_xor_si256(a.x, b.x)}; }
 VV_INLINE U min(U a, U b) { return {_mm256_min_epu32(a.x, b.x)}; }
+VV_INLINE U max(U a, U b) { return {_mm256_max_epu32(a.x, b.x)}; }
+VV_INLINE uint32_t max_lanes(U a) {
+  const __m128i four = _mm_max_epu32(_mm256_castsi256_si128(a.x), _mm256_extracti128_si256(a.x, 1));
+  const __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xb1))));
+}
 VV_INLINE bool any_below(U a, uint32_t limit) {  // limit > 0
   return _mm256_movemask_epi8(_mm256_cmpeq_epi32(min(a, set1u(limit - 1)).x, a.x)) != 0;
 }
@@ -134,6 +140,13 @@ VV_INLINE U round_to_bf16(F a) {
 VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) {
   const U both = shift_right<16>(round_to_bf16(even)) ^ (round_to_bf16(odd) & set1u(0xffff0000u));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both.x);
+}
+VV_INLINE void store_bytes(int8_t* p, U a) {
+  const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i fours = _mm256_shuffle_epi8(a.x, bytes);  // four bytes at the bottom of each 128-bit half
+  const __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), eight);
 }
 VV_INLINE void stream_bf16(uint16_t* p, F a) { stream_half(p, to_bf16(a)); }
 VV_INLINE void store_f16(uint16_t* p, F a) { store_half(p, to_f16(a)); }

@@ -42,6 +42,8 @@ VV_INLINE U operator-(U a, U b) { return {_mm512_sub_epi32(a.x, b.x)}; }
 VV_INLINE U operator&(U a, U b) { return {_mm512_and_si512(a.x, b.x)}; }
 VV_INLINE U operator^(U a, U b) { return {_mm512_xor_si512(a.x, b.x)}; }
 VV_INLINE U min(U a, U b) { return {_mm512_min_epu32(a.x, b.x)}; }
+VV_INLINE U max(U a, U b) { return {_mm512_max_epu32(a.x, b.x)}; }
+VV_INLINE uint32_t max_lanes(U a) { return _mm512_reduce_max_epu32(a.x); }
 VV_INLINE bool any_below(U a, uint32_t limit) { return _mm512_cmplt_epu32_mask(a.x, set1u(limit).x) != 0; }
 template <int N>
 VV_INLINE U shift_left(U a) {
@@ -128,6 +130,9 @@ VV_INLINE U round_to_bf16(F a) {
 VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) {
   const U both = shift_right<16>(round_to_bf16(even)) ^ (round_to_bf16(odd) & set1u(0xffff0000u));
   _mm512_storeu_si512(p, both.x);
+}
+VV_INLINE void store_bytes(int8_t* p, U a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.x));
 }
 VV_INLINE void stream_bf16(uint16_t* p, F a) { stream_half(p, to_bf16(a)); }
 VV_INLINE void store_f16(uint16_t* p, F a) { store_half(p, to_f16(a)); }

@@ -47,6 +47,8 @@ VV_INLINE U operator-(U a, U b) { return {a.x - b.x}; }
 VV_INLINE U operator&(U a, U b) { return {a.x & b.x}; }
 VV_INLINE U operator^(U a, U b) { return {a.x ^ b.x}; }
 VV_INLINE U min(U a, U b) { return {a.x < b.x ? a.x : b.x}; }
+VV_INLINE U max(U a, U b) { return {a.x > b.x ? a.x : b.x}; }
+VV_INLINE uint32_t max_lanes(U a) { return a.x; }
 VV_INLINE bool any_below(U a, uint32_t limit) { return a.x < limit; }
 template <int N>
 VV_INLINE U shift_left(U a) {
@@ -110,6 +112,8 @@ VV_INLINE U load_words(const uint16_t* p) {
 // must have come from bfloat16 or from hardware: its lower half is 0, and rounding does not reach its sign.
 VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) { even = load_bf16(p), odd = load_bf16(p + 1); }
 VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) { store_bf16(p, even), store_bf16(p + 1, odd); }
+// The lowest byte of every lane.
+VV_INLINE void store_bytes(int8_t* p, U a) { *p = static_cast<int8_t>(static_cast<uint8_t>(a.x)); }
 VV_INLINE void stream_bf16(uint16_t* p, F a) { store_bf16(p, a); }
 VV_INLINE void store_f16(uint16_t* p, F a) {
   const uint32_t x = bits(a).x, sign = (x >> 16) & 0x8000u, body = x & 0x7fffffffu;

@@ -91,7 +91,7 @@ class CalibrationTable:
         """Write one file whole, or change nothing. Raises OutputError."""
         entries = {"format": FORMAT, "version": str(VERSION)}
         entries |= {"description": self._description.decode(), "sha256": self.hash}
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        arrays = {name: _plain(array) for name, array in self.arrays.items()}
         write_files({Path(path): save(arrays, metadata=entries)})
 
     @classmethod
@@ -132,10 +132,15 @@ def parse_back(text: bytes) -> Any:
 def _digest(description: bytes, arrays: Mapping[str, Array]) -> str:
     digest = sha256(description)
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = _plain(arrays[name])
         digest.update(f"\0{name}\0{array.dtype.name}\0{array.shape}\0".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _plain(array: Array) -> Array:
+    """The array in this machine's byte order, elements in order."""
+    return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def _checked(entries: Mapping[str, str]) -> dict[str, Any]:

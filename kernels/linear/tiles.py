@@ -15,27 +15,35 @@ from typing import Any
 from vivace.kernels import store
 
 ROWS = (64, 1 << 16)  # least and most rows of a class; more rows belong to the last
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-PROGRAMS = 132  # that a launch should have: multiprocessors of the H100
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
+PROGRAMS = 132  # that run at a time: multiprocessors of the H100
 GROUP = 8  # row blocks whose programs run side by side, so that they find the weights in the L2 cache
+REUSE = 64.0  # products a number loaded, by the model of `table`, at which a tile runs at half of the full rate
+SCRATCH = 8 << 10  # bytes of shared memory of an epilogue that runs beside the next tile's loads
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and columns of the result a program makes, depth it reads at once, warps of it, loads under way."""
+    """Rows and columns of the result a program makes, depth it reads at once, warps of it, loads under way.
+
+    programs: on a multiprocessor, each taking one tile after another; 0: a program a tile.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    programs: int = 0
 
     def shared(self, dtype: str) -> int:
-        """Bytes of shared memory that its loads take."""
-        return (self.rows + self.columns) * self.depth * self.stages * ITEM_BYTES[dtype]
+        """Bytes of shared memory that it takes."""
+        loads = (self.rows + self.columns) * self.depth * self.stages * ITEM_BYTES[dtype]
+        return loads + (SCRATCH if self.programs else 0)
 
 
-# By dtype of x, largest first. Every tile of a dtype has the depth and the matrix instruction of the others.
+# By dtype of x, largest first; of the same size, the one that stands without tuning first. Sums of floats run in one
+# order: every tile of such a dtype has the depth of the others. Integers have one sum in any order.
 TILES: Mapping[str, tuple[Tile, ...]] = {
     "bfloat16": (
         Tile(128, 256, 64, 8, 3),
@@ -46,10 +54,22 @@ TILES: Mapping[str, tuple[Tile, ...]] = {
         Tile(64, 32, 64, 4, 6),
     ),
     "int8": (
-        Tile(128, 256, 128, 8, 3),
-        Tile(128, 128, 128, 8, 3),
-        Tile(128, 64, 128, 4, 4),
-        Tile(64, 128, 128, 4, 4),
+        Tile(128, 256, 128, 8, 4, 1),
+        Tile(128, 256, 128, 8, 3, 1),
+        Tile(128, 256, 64, 8, 6, 1),
+        Tile(256, 128, 128, 8, 4, 1),
+        Tile(128, 128, 128, 8, 3, 2),
+        Tile(128, 128, 64, 8, 6, 2),
+        Tile(128, 64, 128, 4, 4, 2),
+        Tile(64, 128, 128, 4, 4, 2),
+        Tile(64, 64, 128, 4, 5),
+        Tile(64, 32, 128, 4, 6),
+    ),
+    "float8_e4m3fn": (
+        Tile(128, 128, 128, 8, 5, 1),
+        Tile(128, 128, 128, 8, 3, 1),
+        Tile(128, 64, 128, 4, 4, 2),
+        Tile(64, 128, 128, 4, 4, 2),
         Tile(64, 64, 128, 4, 5),
         Tile(64, 32, 128, 4, 6),
     ),
@@ -74,12 +94,19 @@ def rows_class(rows: int) -> int:
 
 
 def table(rows: int, columns: int, dtype: str, shared: int | None = None) -> Tile:
-    """The largest tile that fits and gives PROGRAMS programs, else the one that gives most; `rows` of a class."""
-    fitting = tiles(dtype, shared)
-    for tile in fitting:
-        if -(-rows // tile.rows) * -(-columns // tile.columns) >= PROGRAMS:
-            return tile
-    return fitting[-1]
+    """The tile that fits and wastes least by a model of PROGRAMS multiprocessors; `rows` of a class.
+
+    The model: a tile at a time each, edges and the last round as dear as the others, and a rate of r / (r + REUSE) of
+    the full one for r products a number loaded.
+    """
+
+    def rate(tile: Tile) -> float:
+        programs = -(-rows // tile.rows) * -(-columns // tile.columns)
+        computed = -(-programs // PROGRAMS) * PROGRAMS * tile.rows * tile.columns
+        reuse = tile.rows * tile.columns / (tile.rows + tile.columns)
+        return rows * columns / computed * reuse / (reuse + REUSE)
+
+    return max(tiles(dtype, shared), key=rate)
 
 
 def tile_of(rows: int, columns: int, depth: int, dtype: str, device: str, shared: int | None = None) -> Tile:

@@ -75,7 +75,7 @@ def launch(
     residual: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """Run the kernel with this tile into `out`; scales are those of `int8_linear`."""
+    """Run the kernel with this tile into `out`; scales are those of 8-bit numbers."""
     (columns, depth), source, target = weight.shape, by_token(x), by_token(out)
     batch, tokens, _ = source.shape
     blocks = triton.cdiv(batch * tokens, tile.rows) * triton.cdiv(columns, tile.columns)
@@ -110,9 +110,9 @@ def launch(
     return out
 
 
-def halvings(tile: Tile) -> int:
-    """How often a tile is halved until the epilogue works on SLICE columns at a time."""
-    return (tile.columns // SLICE).bit_length() - 1
+def halvings(tile: Tile, columns: int = SLICE) -> int:
+    """How often a tile is halved until the epilogue works on so many columns at a time."""
+    return (tile.columns // columns).bit_length() - 1
 
 
 @cache
@@ -170,16 +170,28 @@ def _linear(
     GROUP: tl.constexpr,
     HALVINGS: tl.constexpr,  # of the tile, into what the epilogue works on at a time
 ):
-    block_m, block_n = _place(tl.cdiv(height, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
-    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.minimum(rows, height - 1)  # loads need no mask then
+    block_m, block_n = _place(tl.program_id(0), tl.cdiv(height, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
+    m = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), height - 1)  # loads need no mask then
     b, n = (m // tokens).to(tl.int64), (m % tokens).to(tl.int64)
     column = tl.minimum(block_n * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1).to(tl.int64)
-
     x_at = x + b * x_sample + n * x_token
     total = _product(x_at, weight + column * weight_row, depth, WHOLE, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    vectors = x_scale, weight_scale, bias
+    strides = out_sample, out_token, gate_sample, gate_token, residual_sample, residual_token
+    ends = block_m, block_n, tokens, height, columns
+    _epilogue(total, out, vectors, gate, residual, strides, ends, ACTIVATION, HALVINGS)
 
-    vectors = x_scale if x_scale is None else x_scale + m, weight_scale, bias
+
+@triton.jit
+def _epilogue(total, out, vectors, gate, residual, strides, ends, ACTIVATION: tl.constexpr, HALVINGS: tl.constexpr):
+    """What follows the sums of one tile, some of its columns at a time; `vectors` are both scales and the bias."""
+    out_sample, out_token, gate_sample, gate_token, residual_sample, residual_token = strides
+    block_m, block_n, tokens, height, columns = ends
+    x_scale, weight_scale, bias = vectors
+    rows = block_m * total.shape[0] + tl.arange(0, total.shape[0])
+    m = tl.minimum(rows, height - 1)
+    b, n = (m // tokens).to(tl.int64), (m % tokens).to(tl.int64)
+    placed = x_scale if x_scale is None else x_scale + m, weight_scale, bias
     out_at, here = out + b * out_sample + n * out_token, rows < height
     gate_at = gate if gate is None else gate + b * gate_sample + n * gate_token
     residual_at = residual if residual is None else residual + b * residual_sample + n * residual_token
@@ -190,14 +202,13 @@ def _linear(
             finer = finer + _halves(slices[i])
         slices = finer
     for i in tl.static_range(len(slices)):
-        first = block_n * BLOCK_N + i * (BLOCK_N // len(slices))
-        _finish(slices[i], first, columns, here, vectors, gate_at, residual_at, out_at, ACTIVATION)
+        first = block_n * total.shape[1] + i * (total.shape[1] // len(slices))
+        _finish(slices[i], first, columns, here, placed, gate_at, residual_at, out_at, ACTIVATION)
 
 
 @triton.jit
-def _place(blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Row block and column block of this program: GROUP row blocks side by side, column after column."""
-    program = tl.program_id(0)
+def _place(program, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Row block and column block of a program: GROUP row blocks side by side, column after column."""
     size = GROUP * blocks_n
     first = program // size * GROUP
     group = tl.minimum(blocks_m - first, GROUP)
@@ -230,7 +241,10 @@ def _product(
             b = tl.load(b_at, mask=k[:, None] < rest, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
-        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=KIND)
+        if x_at.dtype.element_ty == tl.float8e4nv and not WIDEN:  # sums of one block, added up in float32
+            total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_K, out_dtype=KIND)
+        else:
+            total = tl.dot(a, b, total, input_precision="ieee", out_dtype=KIND)
         a_at += BLOCK_K
         b_at += BLOCK_K
     return total

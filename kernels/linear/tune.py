@@ -6,12 +6,13 @@ the same before and after tuning, and on a machine where the choice was lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from vivace.kernels.linear import tiles
 from vivace.kernels.linear.tiles import Tile
 from vivace.kernels.spec import TRITON, missing
 
+Choice = TypeVar("Choice")
+EIGHT_BITS = ("int8", "float8_e4m3fn")
 WARM_UP, REPEATS = 3, 15
 FLUSH_BYTES = 256 << 20  # written between calls: more than an L2 cache holds
 
@@ -66,9 +69,9 @@ def tune(
     """The fastest tile of x [rows, depth] W [columns, depth], for all numbers of rows of the class; kept in the store.
 
     Args:
-        dtype: of x and W, "bfloat16" | "float16" | "float32" | "int8".
+        dtype: of x and W, "bfloat16" | "float16" | "float32" | "int8" | "float8_e4m3fn".
         clock: milliseconds of one call; None: the median between events, caches cold.
-        folder: of the store; None: the user's cache, where `linear` and `int8_linear` look.
+        folder: of the store; None: the user's cache, where the linears look.
     Raises: ArgumentError; BackendError where Triton cannot run.
     """
     if min(rows, columns, depth) < 1 or dtype not in (*tiles.TILES, "float16"):
@@ -79,15 +82,10 @@ def tune(
 
     shape = tiles.rows_class(rows), columns, depth
     run = _problem(*shape, dtype, torch.device(device))
-    clock = clock or _device_clock()
+    clock = clock or device_clock()
     shared = shared_bytes(torch.device(device))
     table = tiles.table(shape[0], columns, dtype, shared)
-    wanted, ms, refused = run(table).clone(), dict[Tile, float](), dict[Tile, str]()
-    for tile in tiles.tiles(dtype, shared):
-        if (why := _refusal(run, tile, wanted)) is None:
-            ms[tile] = clock(partial(run, tile))
-        else:
-            refused[tile] = why
+    ms, refused = timed(run, tiles.tiles(dtype, shared), table, clock)
     best = min(ms, key=lambda tile: ms[tile])
     name = device_name(torch.device(device))
     key = tiles.key(*shape, dtype, name, tiles.versions())
@@ -96,10 +94,26 @@ def tune(
     return Tuned(best, table, shape, dtype, name, ms, refused, not_kept)
 
 
+def timed(
+    run: Callable[[Choice], Tensor],
+    choices: Iterable[Choice],
+    table: Choice,
+    clock: Callable[[Callable[[], Any]], float],
+) -> tuple[dict[Choice, float], dict[Choice, str]]:
+    """Milliseconds of every choice, and why the others are refused: they cannot run, or change bits of the table's."""
+    wanted, ms, refused = run(table).clone(), dict[Choice, float](), dict[Choice, str]()
+    for choice in choices:
+        if (why := _refusal(run, choice, wanted)) is None:
+            ms[choice] = clock(partial(run, choice))
+        else:
+            refused[choice] = why
+    return ms, refused
+
+
 def _problem(rows: int, columns: int, depth: int, dtype: str, device: torch.device) -> Callable[[Tile], Tensor]:
     """A call of the kernel with a given tile, on random numbers, into one and the same memory."""
-    from vivace.kernels.linear.triton_impl import launch
-
+    eight = dtype in EIGHT_BITS
+    launch = import_module(f"vivace.kernels.{'int8_linear' if eight else 'linear'}.triton_impl").launch
     generator = torch.Generator().manual_seed(rows + columns + depth)
 
     def draw(*shape: int) -> Tensor:
@@ -108,25 +122,29 @@ def _problem(rows: int, columns: int, depth: int, dtype: str, device: torch.devi
         return torch.randn(shape, generator=generator).to(device, getattr(torch, dtype))
 
     x, weight = draw(rows, depth), draw(columns, depth)
-    integers = dtype == "int8"
-    scales = [torch.rand(size, generator=generator).to(device) if integers else None for size in (rows, columns)]
+    scales = [torch.rand(size, generator=generator).to(device) if eight else None for size in (rows, columns)]
     bias = torch.randn(columns, generator=generator).to(device)
-    out = torch.empty(rows, columns, dtype=torch.bfloat16 if integers else x.dtype, device=device)
-    return lambda tile: launch(tile, x, weight, scales[0], scales[1], bias, "gelu_tanh", None, None, out)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16 if eight else x.dtype, device=device)
+
+    def run(tile: Tile) -> Tensor:
+        result: Tensor = launch(tile, x, weight, scales[0], scales[1], bias, "gelu_tanh", None, None, out)
+        return result
+
+    return run
 
 
-def _refusal(run: Callable[[Tile], Tensor], tile: Tile, wanted: Tensor) -> str | None:
-    """Why a tile is not taken, None when it may be."""
+def _refusal(run: Callable[[Choice], Tensor], choice: Choice, wanted: Tensor) -> str | None:
+    """Why one is not taken, None when it may be."""
     from vivace.kernels.linear.triton_impl import FAILURES
 
     try:
-        result = run(tile)
+        result = run(choice)
     except FAILURES as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None if torch.equal(result, wanted) else "changes bits"
 
 
-def _device_clock() -> Callable[[Callable[[], Any]], float]:
+def device_clock() -> Callable[[Callable[[], Any]], float]:
     """Median milliseconds between events, with a written buffer between calls so that caches are cold."""
     event: Any = partial(torch.cuda.Event, enable_timing=True)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -147,4 +165,5 @@ def _device_clock() -> Callable[[Callable[[], Any]], float]:
 
 
 def _name(tile: Tile) -> str:
-    return f"{tile.rows} x {tile.columns} x {tile.depth}, {tile.warps} warps, {tile.stages} stages"
+    kept = f", {tile.programs} a multiprocessor" if tile.programs else ""
+    return f"{tile.rows} x {tile.columns} x {tile.depth}, {tile.warps} warps, {tile.stages} stages{kept}"

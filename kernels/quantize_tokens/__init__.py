@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from vivace.errors import DtypeError, ShapeError
 from vivace.kernels.linear.check import check_place
 from vivace.kernels.norm_modulate.check import dtype_name
-from vivace.kernels.spec import TRITON, choose, define, load
+from vivace.kernels.quantize_tokens.check import check_given, check_smooth
+from vivace.kernels.spec import choose, define, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,21 +18,26 @@ __all__ = ["quantize_tokens"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def quantize_tokens(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """scale = max |x| / 127, q = x / scale rounded to the nearest integer, half to even, within [-127, 127].
+def quantize_tokens(
+    x: Tensor, *, smooth: Tensor | None = None, scale: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """s = max |x smooth| / 127 or the scale given; q = x smooth / s, rounded half to even, within [-127, 127].
 
-    Every row has its scale; a row whose scale is 0 (zeros, or numbers too small for a scale) takes 1, one that holds
-    NaN or infinity takes NaN and zeros. Arithmetic is float32, float64 for float64, each operation rounded correctly:
-    the same integers and scales on every backend.
+    A row of zeros, or of numbers too small for a scale, takes 1; one that holds NaN or infinity takes NaN and zeros,
+    whatever is given. Arithmetic is float32, float64 for float64, each operation rounded correctly: the same integers
+    and scales on every backend.
 
     Args:
-        x: float32 | bfloat16 [..., K] (float16 on a GPU too, float64 in the reference), K >= 1; rows may lie anywhere,
-            elements of a row side by side.
-        backend: "reference" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
-    Returns: q, int8 [..., K], and scale, float32 [...] (float64 of float64): x is about scale q, what `int8_linear`
-        takes. No gradients.
+        x: float32 | bfloat16 [B, ..., K] (float16 on a GPU and in the reference, float64 in the reference), K >= 1;
+            rows may lie anywhere, elements of a row side by side.
+        smooth: float32 [K], multiplied with every row first; None: 1.
+        scale: float32 [], [B] or [B, 1, ...], the scale of all rows of a sample: what lies beyond 127 of it is cut
+            off. None, or for a sample a number not above 0: each row's own.
+        backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
+    Returns: q, int8 [B, ..., K], and s, float32 [B, ...] (float64 of float64): x smooth is about s q, what
+        `int8_linear` takes. No gradients.
     Raises: ShapeError, DtypeError, ArgumentError, BackendError.
-    Source: Dettmers et al. 2022, section 2.1 (absmax quantization, by row).
+    Source: Dettmers et al. 2022, section 2.1 (absmax quantization, by row); Xiao et al. 2023, eq. 3 (smoothing).
     """
     dtype = dtype_name(x.dtype)
     if dtype not in DTYPES:
@@ -41,9 +47,13 @@ def quantize_tokens(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, T
     if not x.dim() or not x.shape[-1]:
         raise ShapeError(f"quantize_tokens: x has shape {tuple(x.shape)}, needs [..., K] with K of 1 or more")
     check_place("quantize_tokens", "x", x, x)
+    if smooth is not None:
+        check_smooth("quantize_tokens", smooth, x)
+    if scale is not None:
+        check_given("quantize_tokens", "scale", scale, x)
     choice = choose(SPEC, x.device.type, dtype, backend)
-    result: tuple[Tensor, Tensor] = load(SPEC, choice.backend)(x)
+    result: tuple[Tensor, Tensor] = load(SPEC, choice.backend)(x, smooth=smooth, scale=scale)
     return result
 
 
-SPEC = define("quantize_tokens", backends=(TRITON,))
+SPEC = define("quantize_tokens")

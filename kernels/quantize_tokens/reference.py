@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 from vivace.kernels.norm_modulate.reference import working_dtype
+from vivace.kernels.quantize_tokens.check import by_sample
 
 MOST = 127.0
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """scale = max |x| / 127, q = x / scale rounded half to even."""
+def quantize_tokens(x: Tensor, *, smooth: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """s = max |x smooth| / 127 or the scale given; q = x smooth / s rounded half to even."""
     wide = x.to(working_dtype(x))
-    scale = wide.abs().amax(-1) / MOST
-    scale = torch.where(scale == 0.0, 1.0, scale)
+    if smooth is not None:
+        wide = wide * smooth.to(wide.dtype)
+    step = wide.abs().amax(-1) / MOST
+    step = torch.where(step == 0.0, 1.0, step)
+    if scale is not None:
+        given = by_sample(scale, x).to(step.dtype).reshape(step.shape[:1] + (1,) * (step.dim() - 1))
+        step = torch.where(given > 0.0, given, step)
     finite = wide.isfinite().all(-1)
-    q = (wide / scale[..., None]).round().clamp(-MOST, MOST)
-    return torch.where(finite[..., None], q, 0.0).to(torch.int8), torch.where(finite, scale, torch.nan)
+    q = (wide / step[..., None]).round().clamp(-MOST, MOST)
+    return torch.where(finite[..., None], q, 0.0).to(torch.int8), torch.where(finite, step, torch.nan)

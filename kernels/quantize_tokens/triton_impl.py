@@ -12,39 +12,59 @@ from torch import Tensor
 from vivace.kernels.linear.triton_impl import by_token, why_not
 from vivace.kernels.norm_modulate.triton_impl import place, read, row_block, rows, warps
 from vivace.kernels.philox_normal.triton_impl import on_device
+from vivace.kernels.quantize_tokens.check import by_sample
 
 __all__ = ["quantize_tokens", "why_not"]
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """scale = max |x| / 127, q = x / scale rounded half to even, one pass."""
-    q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+def quantize_tokens(x: Tensor, *, smooth: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """s = max |x smooth| / 127 or the scale given; q = x smooth / s rounded half to even, one pass."""
+    q, step = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if not x.numel():
-        return q, scale
+        return q, step
     source = by_token(x)
     batch, tokens, width = source.shape
     block = row_block(width)
     with on_device(x.device):
         _quantize_tokens[batch * tokens,](
-            q, scale, *rows(source), tokens, width, BLOCK=block, num_warps=warps(block), enable_fp_fusion=False
+            q,
+            step,
+            *rows(source),
+            smooth,
+            None if scale is None else by_sample(scale, x).contiguous(),
+            tokens,
+            width,
+            BLOCK=block,
+            num_warps=warps(block),
+            enable_fp_fusion=False,
         )
-    return q, scale
+    return q, step
 
 
 @triton.jit
-def _quantize_tokens(q, scale, x, x_sample, x_token, tokens, width, BLOCK: tl.constexpr):
+def _quantize_tokens(q, scale, x, x_sample, x_token, smooth, given, tokens, width, BLOCK: tl.constexpr):
     b, n = place(tokens)
     i = tl.arange(0, BLOCK)
     here = i < width
     values = read(x + b * x_sample + n * x_token, i, here)
+    write_integers(q, scale, values, smooth, given, b, width, i, here)
+
+
+@triton.jit
+def write_integers(q, scale, values, smooth, given, b, width, i, here):
+    """The integers of this program's row of sample b, and its scale: its own, or the sample's among those given."""
+    if smooth is not None:
+        values = values * read(smooth, i, here)
     size = tl.abs(values)
     finite = tl.min((size < float("inf")).to(tl.int32), axis=0) == 1  # NaN is not less than anything
     step = tl.div_rn(tl.max(size, axis=0), tl.full([], 127.0, tl.float32))
     step = tl.where(step == 0.0, 1.0, step)
-    nearest = _rounded(tl.div_rn(values, step))
-    nearest = tl.where(finite, tl.minimum(tl.maximum(nearest, -127.0), 127.0), 0.0)
+    if given is not None:
+        fixed = tl.load(given + b)
+        step = tl.where(fixed > 0.0, fixed, step)
+    nearest = _rounded(tl.minimum(tl.maximum(tl.div_rn(values, step), -127.0), 127.0))
     row = tl.program_id(0).to(tl.int64)
-    tl.store(q + row * width + i, nearest.to(tl.int8), mask=here)
+    tl.store(q + row * width + i, tl.where(finite, nearest, 0.0).to(tl.int8), mask=here)
     tl.store(scale + row, tl.where(finite, step, float("nan")))
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 _Heads = Sequence[int]  # address, strides of samples, tokens, heads
-_Linear = tuple[int, int, int, int]  # address of the packed weight, columns, depth, address of the float32 bias or 0
+# Address of the packed weight, columns, depth, dtype, addresses of float32 bias, scale and smooth or 0.
+_Linear = tuple[int, int, int, str, int, int, int]
+_Block = tuple[_Linear, _Linear, _Linear, _Linear, str, str]  # dtypes of activations in attention and MLP
 _Rows = tuple[int, int, int, int]  # address, 0 float32 | 1 bfloat16, stride of samples, stride of tokens
 _Packed = tuple[int, int, int, int, int]  # address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8
 
@@ -97,6 +99,25 @@ def adaln_modulate(
     /,
 ) -> None: ...
 def gelu(out: _Rows, hidden: _Rows, gate: _Rows | None, sizes: Sequence[int], tanh: bool, threads: int, /) -> None: ...
+def quantize_tokens(
+    q: int, scale: int, x: _Rows, smooth: int, given: int, sizes: Sequence[int], threads: int, /
+) -> None: ...
+def int8_norm_modulate(
+    q: int,
+    q_scale: int,
+    hidden: _Rows,
+    scale: _Rows | None,
+    shift: _Rows | None,
+    weight: _Rows | None,
+    bias: _Rows | None,
+    smooth: int,
+    given: int,
+    sizes: Sequence[int],
+    centred: bool,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
 def linear(
     out: _Rows,
     x: _Rows,
@@ -155,7 +176,7 @@ class Dit:
         eps: tuple[float, float, float],
         dtype: str,
         patches: _Linear,
-        blocks: Sequence[Sequence[_Linear]],
+        blocks: Sequence[_Block],
         final: _Linear,
     ) -> None: ...
     def arena_bytes(self, rows: int, samples: int, tokens: int, threads: int) -> int: ...
@@ -168,9 +189,11 @@ class Dit:
         size: tuple[int, int],
         positions: int,
         modulations: Sequence[int],
+        x_scales: Sequence[int],
         outs: Sequence[int],
         arena: int,
         arena_bytes: int,
         threads: int,
         clock: bool = False,
-    ) -> tuple[int, int, int, int] | None: ...
+        check: bool = False,
+    ) -> tuple[tuple[int, int, int, int, int] | None, int]: ...

@@ -294,5 +294,31 @@ def test_gelu_of_bad_rows_is_refused() -> None:
     assert (abs(out - 0.8413447) < 1e-6).all()
 
 
+def test_integers_of_bad_rows_are_refused() -> None:
+    x = np.full((1, 3, NUMEL), -2.0, np.float32)
+    q, scale = np.zeros((1, 3, NUMEL), np.int8), np.zeros((1, 3), np.float32)
+    there, sizes = (x.ctypes.data, 0, 3 * NUMEL, NUMEL), (1, 3, NUMEL)
+
+    def alone(q: int, scale: int, x: Any, sizes: tuple[int, int, int]) -> None:
+        _C.quantize_tokens(q, scale, x, 0, 0, sizes, 1)
+
+    def behind_a_norm(q: int, scale: int, x: Any, sizes: tuple[int, int, int]) -> None:
+        _C.int8_norm_modulate(q, scale, x, None, None, None, None, 0, 0, sizes, False, 0.0, 1)
+
+    for call, name in ((alone, "x"), (behind_a_norm, "hidden")):
+        for arguments, message in (
+            ((q.ctypes.data, scale.ctypes.data, None, sizes), f"{name} has no memory"),
+            ((0, scale.ctypes.data, there, sizes), "q has no memory"),
+            ((q.ctypes.data, 0, there, sizes), "scale has no memory"),
+            ((q.ctypes.data, scale.ctypes.data, there, (1, -3, NUMEL)), "is negative"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(*arguments)
+        call(0, 0, None, (0, 3, NUMEL))
+        q[:], scale[:] = 0, 0.0
+        call(q.ctypes.data, scale.ctypes.data, there, sizes)
+        assert (q == -127).all() and (scale > 0.0).all()
+
+
 def test_an_empty_call_over_rows_does_nothing() -> None:
     assert (rows_call(sizes=(0, 3, NUMEL), hidden=None, out=None) == 0.0).all()

@@ -17,8 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vivace.kernels.adaln_modulate import triton_impl as adaln
+from vivace.kernels.fp8_quantize_tokens import triton_impl as floats
 from vivace.kernels.gated_residual import triton_impl as residual
 from vivace.kernels.gelu import triton_impl as unit
+from vivace.kernels.int8_attention import tiles as cut
+from vivace.kernels.int8_attention import triton_impl as integers
+from vivace.kernels.int8_linear import triton_impl as described
+from vivace.kernels.int8_norm_modulate import triton_impl as normed
 from vivace.kernels.linear import tiles
 from vivace.kernels.linear import triton_impl as product
 from vivace.kernels.norm_modulate import triton_impl as norm
@@ -55,8 +60,11 @@ ROWS = {
     "adaln_modulate DiT": (adaln._adaln_modulate, "bf16", "bf16", 1152, "gate scale shift"),
     "adaln_modulate FLUX": (adaln._adaln_modulate, "bf16", "bf16", 3072, "gate scale shift"),
     "adaln_modulate float32": (adaln._adaln_modulate, "fp32", "fp32", 4096, "gate scale shift weight bias"),
+    "int8_norm_modulate DiT": (normed._int8_norm_modulate, "fp32", "fp32", 1152, "scale shift"),
+    "int8_norm_modulate given": (normed._int8_norm_modulate, "bf16", "bf16", 3072, "scale shift weight smooth given"),
 }
 VECTORS = ("gate", "scale", "shift", "weight", "bias")
+INTEGERS = {"q": "i8", "step": "fp32", "smooth": "fp32", "given": "fp32"}
 # name -> (dtype, gated, approximation by tanh)
 GELUS = {
     "gelu erf": ("float32", False, False),
@@ -73,16 +81,33 @@ HEADS = {
 }
 # name -> (tile, dtype of x, activation, operands of the epilogue); every tile with the longest epilogue
 FULL = "bias gate residual"
+EIGHT_BITS = {"int8": "int8_linear", "float8_e4m3fn": "fp8_linear"}
 LINEARS = {
-    f"{'int8_linear' if dtype == 'int8' else 'linear'} {dtype} {tile.rows} x {tile.columns}": (
-        tile, dtype, "gelu_tanh", FULL,
-    )
-    for dtype in tiles.TILES for tile in tiles.tiles(dtype)
+    f"linear {dtype} {tile.rows} x {tile.columns}": (tile, dtype, "gelu_tanh", FULL)
+    for dtype in ("bfloat16", "float32") for tile in tiles.tiles(dtype)
+} | {
+    f"{EIGHT_BITS[dtype]} by pointers {tile.rows} x {tile.columns}": (tile, dtype, "gelu_tanh", FULL)
+    for dtype in EIGHT_BITS for tile in tiles.tiles(dtype)[-4:]
 } | {
     "linear gelu": (tiles.tiles("bfloat16")[1], "bfloat16", "gelu", FULL),
     "linear float16": (tiles.tiles("float16")[0], "float16", "silu", ""),
 }  # fmt: skip
-POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int8": "*i8"}
+DESCRIBED = {
+    f"{name} {dtype} {tile.rows} x {tile.columns} x {tile.depth}, {tile.stages} stages": (tile, dtype)
+    for dtype, name in EIGHT_BITS.items() for tile in tiles.tiles(dtype)
+}  # fmt: skip
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int8": "*i8", "float8_e4m3fn": "*fp8e4nv"}
+STRIDES = ("_sample", "_token", "_head")
+ONE_ROW = ("tokens", "height", "gate_sample")
+HEADS_OF_INTEGERS = {
+    f"int8_attention {width}, {blocks.queries} x {blocks.keys}, {blocks.stages} stages": (width, blocks, "bfloat16")
+    for width in (64, 72, 128) for blocks in cut.blocks(cut.Head.of(width))
+} | {
+    "int8_attention 112": (112, cut.blocks(cut.Head.of(112))[0], "bfloat16"),
+    "int8_attention 40": (40, cut.blocks(cut.Head.of(40))[0], "bfloat16"),
+    "int8_attention float16": (72, cut.blocks(cut.Head.of(72))[0], "float16"),
+    "int8_attention of ones": (72, cut.blocks(cut.Head.of(72))[0], "bfloat16", ("queries", "count", "heads")),
+}  # fmt: skip
 ONES = ("tokens", "height", "columns", "depth", "x_token", "out_token", "gate_sample")  # triton makes constants of them
 
 
@@ -121,10 +146,12 @@ def over_rows(kernel: Any, dtype: str, vectors: str, width: int, given: str) -> 
     """A kernel over rows of hidden states of this width."""
     block = norm.row_block(width)
     constants: dict[str, Any] = {"BLOCK": min(block, residual.BLOCK) if kernel is residual._gated_residual else block}
-    constants |= {name: None for name in VECTORS if name in kernel.arg_names and name not in given.split()}
+    absent = {*VECTORS, "smooth", "given"} - {*given.split()}
+    constants |= {name: None for name in kernel.arg_names if name in absent}
     constants |= {"CENTRED": True} if "CENTRED" in kernel.arg_names else {}
     signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    pointers = {"out": dtype, "hidden": dtype, "update": dtype, "hidden_out": dtype} | dict.fromkeys(VECTORS, vectors)
+    pointers = {"out": dtype, "hidden": dtype, "update": dtype, "hidden_out": dtype} | INTEGERS
+    pointers |= dict.fromkeys(VECTORS, vectors)
     signature |= {name: f"*{pointers[name]}" for name, kind in signature.items() if name in pointers and kind == "i32"}
     signature |= {"eps": "fp32"} if "eps" in signature else {}
     return compiled(kernel, signature, constants, norm.warps(constants["BLOCK"]))
@@ -150,26 +177,76 @@ def qk_norm_rope(dtype: str, count: int, width: int, kind: str, across: bool, tu
 
 
 def linear(tile: tiles.Tile, dtype: str, activation: str, given: str, ones: tuple[str, ...] = ()) -> Any:
-    """The kernel of both linears: of integers into bfloat16, else into the dtype of x; ones: arguments that are 1."""
-    integers = dtype == "int8"
+    """The kernel of all linears: 8-bit numbers into bfloat16, others into the dtype of x; ones: arguments of 1."""
     constants: dict[str, Any] = {
         "ACTIVATION": activation, "WHOLE": not ones, "WIDEN": False, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth, "GROUP": tiles.GROUP, "HALVINGS": product.halvings(tile),
     }  # fmt: skip
     constants |= {name: None for name in FULL.split() if name not in given.split()} | dict.fromkeys(ones, 1)
-    constants |= {} if integers else {"x_scale": None, "weight_scale": None}
-    result = "*bf16" if integers else POINTERS[dtype]
-    signature = dict.fromkeys(product._linear.arg_names, "i32")
-    signature |= dict.fromkeys(("x", "weight"), POINTERS[dtype]) | dict.fromkeys(("out", "residual"), result)
+    constants |= {} if dtype in EIGHT_BITS else {"x_scale": None, "weight_scale": None}
+    pointers = dict.fromkeys(("x", "weight"), POINTERS[dtype])
+    return compiled_linear(product._linear, tile, dtype, constants, pointers)
+
+
+def by_descriptors(tile: tiles.Tile, dtype: str, ones: tuple[str, ...] = ()) -> Any:
+    """The kernel of 8-bit numbers that the copy engine loads, with the longest epilogue; ones: arguments that are 1."""
+    constants: dict[str, Any] = dict.fromkeys(ones, 1) | {
+        "ACTIVATION": "gelu_tanh", "WIDEN": False, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth, "GROUP": tiles.GROUP, "HALVINGS": product.halvings(tile, described.SLICE),
+    }  # fmt: skip
+    number = POINTERS[dtype][1:]
+    blocks = {"x": f"{number}[{tile.rows},{tile.depth}]", "weight": f"{number}[{tile.columns},{tile.depth}]"}
+    pointers = {name: f"tensordesc<{block}>" for name, block in blocks.items()}
+    return compiled_linear(described._by_descriptors, tile, dtype, constants, pointers)
+
+
+def compiled_linear(kernel: Any, tile: tiles.Tile, dtype: str, constants: Any, pointers: Any) -> Any:
+    result = "*bf16" if dtype in EIGHT_BITS else POINTERS[dtype]
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(("out", "residual"), result)
     signature |= dict.fromkeys(("x_scale", "weight_scale", "bias", "gate"), "*fp32")
     options = {"num_stages": tile.stages, "enable_fp_fusion": True}
-    return compiled(product._linear, signature, constants, tile.warps, ("tokens", "height"), **options)
+    return compiled(kernel, signature, constants, tile.warps, ("tokens", "height"), **options)
 
 
-def quantize_tokens() -> Any:
+def quantized(kernel: Any, q: str, fixed: bool = False) -> Any:
+    """Rows of 8-bit numbers, smoothed, each with a scale of its own, or with the one given."""
     block = norm.row_block(1152)
-    signature = dict.fromkeys(tokens._quantize_tokens.arg_names, "i32") | {"q": "*i8", "scale": "*fp32", "x": "*bf16"}
-    return compiled(tokens._quantize_tokens, signature, {"BLOCK": block}, norm.warps(block))
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"q": q, "scale": "*fp32", "x": "*bf16", "smooth": "*fp32"}
+    signature |= {"given": "*fp32"}
+    return compiled(kernel, signature, {"BLOCK": block} | ({} if fixed else {"given": None}), norm.warps(block))
+
+
+def int8_attention(width: int, blocks: cut.Blocks, dtype: str, ones: tuple[str, ...] = ()) -> Any:
+    """Heads as parts of a projection; strides are told in units, the counts of queries and keys divide by nothing."""
+    head = cut.Head.of(width)
+    constants: dict[str, Any] = head_constants(width) | {
+        "FIRST": head.first, "REST": head.rest, "REST_VALUES": head.rest_values, "WIDEN": False,
+        "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys,
+    }  # fmt: skip
+    constants |= dict.fromkeys(ones, 1)
+    kernel = integers._int8_attention
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("out", "query", "value"), POINTERS[dtype])
+    signature |= {"keys": "*i8", "key_scale": "*fp32", "factor": "fp32"}
+    odd = ("queries", "count", "heads", "factor", *(name for name in kernel.arg_names if name.endswith(STRIDES)))
+    options = {"num_stages": blocks.stages, "enable_fp_fusion": True}
+    return compiled(kernel, signature, constants, blocks.warps, odd, **options)
+
+
+def quantized_keys() -> dict[str, Any]:
+    """The kernels that prepare keys of heads of 72."""
+    head, found = cut.Head.of(72), {}
+    constants: dict[str, Any] = head_constants(72) | {"WIDE": head.wide}
+    for name, more in {"_sum_keys": {"PART": cut.PART}, "_quantize_keys": {"STORED": head.first + head.rest}}.items():
+        kernel = getattr(integers, name)
+        signature = dict.fromkeys(kernel.arg_names, "i32") | {"sums": "*fp32", "key": "*bf16"}
+        signature |= {"integers": "*i8", "scales": "*fp32"} if name == "_quantize_keys" else {}
+        odd = ("count", "heads", "parts", *(each for each in kernel.arg_names if each.endswith(STRIDES)))
+        found[name.strip("_")] = compiled(kernel, signature, constants | more, integers.SUM_WARPS, odd)
+    return found
+
+
+def head_constants(width: int) -> dict[str, Any]:
+    return {"WIDTH": width, "KEYS": integers.KEYS, "UNIT": integers.UNIT}
 
 
 def philox_normal() -> Any:
@@ -185,7 +262,7 @@ def compiled(
     attributes = {}
     for i, (name, kind) in enumerate(signature.items()):
         paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if kind not in ("constexpr", "fp32") and name not in odd:
+        if kind not in ("constexpr", "fp32") and name not in odd and not str(kind).startswith("tensordesc"):
             attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False} | options)
@@ -199,7 +276,7 @@ def usage(kernel: Any) -> dict[str, Any]:
         text, code = (cuobjdump(what, cubin) for what in ("-res-usage", "-sass"))
     found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
     ptx = kernel.asm["ptx"]
-    matrix = r"wgmma\.mma_async[\w.]+|cp\.async\.c[ag]\.shared\.global"
+    matrix = r"wgmma\.mma_async[\w.]+|cp\.async\.(?:c[ag]\.shared\.global|bulk\.tensor)"
     moving = rf"\b(?:{matrix}|[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt|div)\.[\w.]+)"
     told = sorted(set(re.findall(moving, ptx)))
     fused = len(re.findall(r"\bFFMA", code))  # a correctly rounded square root has some
@@ -226,6 +303,13 @@ if __name__ == "__main__":
     report |= {name: usage(gelu(*case)) for name, case in GELUS.items()}
     report |= {name: usage(qk_norm_rope(*case)) for name, case in HEADS.items()}
     report |= {name: usage(linear(*case)) for name, case in LINEARS.items()}
+    report |= {name: usage(by_descriptors(*case)) for name, case in DESCRIBED.items()}
     report |= {"linear of ones": usage(linear(tiles.tiles("bfloat16")[-1], "bfloat16", "silu", FULL, ONES))}
-    report |= {"philox_normal": usage(philox_normal()), "quantize_tokens": usage(quantize_tokens())}
+    report |= {"int8_linear of ones": usage(by_descriptors(tiles.tiles("int8")[-1], "int8", ONE_ROW))}
+    report |= {"philox_normal": usage(philox_normal())}
+    report |= {"quantize_tokens": usage(quantized(tokens._quantize_tokens, "*i8"))}
+    report |= {"quantize_tokens given": usage(quantized(tokens._quantize_tokens, "*i8", fixed=True))}
+    report |= {"fp8_quantize_tokens": usage(quantized(floats._fp8_quantize_tokens, "*fp8e4nv"))}
+    report |= {name: usage(int8_attention(*case)) for name, case in HEADS_OF_INTEGERS.items()}
+    report |= {f"int8_attention {name}": usage(kernel) for name, kernel in quantized_keys().items()}
     print(json.dumps(report))

@@ -54,7 +54,7 @@ def in_float64(call):
         if id(value) in converted:
             return converted[id(value)]
         if isinstance(value, torch.Tensor):
-            return value.double() if value.is_floating_point() else value
+            return value.double() if value.is_floating_point() and value.itemsize > 1 else value  # 8 bits stay
         if isinstance(value, (list, tuple)):
             return type(value)(convert(item) for item in value)
         if isinstance(value, torch.dtype):
@@ -164,10 +164,14 @@ def samples_alone(least):
 ALONE = {
     "adaln_modulate": (rows_alone, rows_results),
     "attention": (samples_alone(4), rows_results),
+    "fp8_linear": (samples_alone(1), rows_results),
+    "fp8_quantize_tokens": (samples_alone(1), rows_results),
     "gated_residual": (rows_alone, rows_results),
     "gelu": (samples_alone(2), rows_results),
     "linear": (samples_alone(2), rows_results),
+    "int8_attention": (samples_alone(4), rows_results),
     "int8_linear": (samples_alone(1), rows_results),
+    "int8_norm_modulate": (samples_alone(1), rows_results),
     "norm_modulate": (samples_alone(2), rows_results),
     "qk_norm_rope": (samples_alone(3), rows_results),
     "quantize_tokens": (samples_alone(1), rows_results),

@@ -41,13 +41,26 @@ def test_all_rows_of_a_class_have_one_tile(dtype):
         assert len(found) == 1
 
 
+def programs(tile, rows, columns):
+    return -(-rows // tile.rows) * -(-columns // tile.columns)
+
+
 def test_large_results_take_large_tiles_and_small_ones_fill_the_device():
     assert tiles.table(16384, 4608, "bfloat16") == Tile(128, 256, 64, 8, 3)
     assert tiles.table(64, 1152, "bfloat16").columns == 32
     for rows in (64, 512, 8192):
         for dtype in tiles.TILES:
-            tile = tiles.table(rows, 4608, dtype)
-            assert -(-rows // tile.rows) * -(-4608 // tile.columns) >= tiles.PROGRAMS
+            assert programs(tiles.table(rows, 4608, dtype), rows, 4608) >= tiles.PROGRAMS // 2
+    for rows in (4096, 8192):  # no more than a third of the device idle in the last round
+        for columns in (1152, 3456, 4608):
+            rounds = programs(tiles.table(rows, columns, "int8"), rows, columns) / tiles.PROGRAMS
+            assert rounds / -(-rounds // 1) > 0.66
+
+
+def test_every_tile_fits_the_shared_memory_of_a_multiprocessor_as_often_as_it_says():
+    for dtype in tiles.TILES:
+        for tile in tiles.tiles(dtype):
+            assert max(1, tile.programs) * (tile.shared(dtype) + 1024) <= 228 << 10, tile
 
 
 def test_tiles_that_a_device_cannot_hold_are_not_taken():
@@ -58,7 +71,8 @@ def test_tiles_that_a_device_cannot_hold_are_not_taken():
 
 @pytest.mark.parametrize("dtype", tiles.TILES)
 def test_tiles_of_a_dtype_share_depth_and_matrix_instruction(dtype):
-    assert len({tile.depth for tile in tiles.tiles(dtype)}) == 1
+    one_sum = dtype == "int8"  # in any order
+    assert one_sum or len({tile.depth for tile in tiles.tiles(dtype)}) == 1
     assert all(tile.rows >= 64 and tile.rows * tile.columns >= 32 * tile.warps for tile in tiles.tiles(dtype))
 
 
@@ -68,7 +82,7 @@ def keep(value, dtype="bfloat16", **other):
 
 
 def test_a_kept_tile_is_taken_for_its_shape_class_and_device_alone():
-    chosen = tiles.tiles("bfloat16")[2]
+    chosen = tiles.tiles("bfloat16")[3]
     assert tiles.table(512, 1152, "bfloat16") != chosen
     assert keep({"tile": list(astuple(chosen))}) is None
     assert tiles.tile_of(300, 1152, 1152, "bfloat16", DEVICE) == chosen
@@ -106,7 +120,7 @@ def on_device(**options):
 
 
 @pytest.mark.backend("triton")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn", "float32"])
 def test_triton_tiles_all_have_the_same_bits_and_the_fastest_is_kept(dtype):
     tuned = on_device(dtype=dtype)
     assert not tuned.refused and tuned.not_kept is None

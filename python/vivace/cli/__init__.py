@@ -33,6 +33,10 @@ Steps = Annotated[int | None, typer.Option(help="Steps of the solver; default: t
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model card's. 1 = off.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.", min=1)]
 Backend = Annotated[str, typer.Option(help="Executor: auto, eager, cpu or cuda_graph.")]
+Quantized = Annotated[
+    Path | None,
+    typer.Option(help="Quantized weights; a plan that says nothing of precision runs on them as they advise."),
+]
 
 
 @app.command()
@@ -47,6 +51,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed; picture j of a prompt is picture j of the seed.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("vivace.png"),
     scale: Annotated[int, typer.Option(help="Enlarge the PNG this many times.", min=1, max=32)] = 1,
+    quantized: Quantized = None,
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -65,8 +70,72 @@ def generate(
         seed=seed,
         out=out,
         scale=scale,
+        quantized=quantized,
         backend=backend,
         threads=threads,
+    )
+    _print(data, text, as_json)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Bundled model name, a folder, or a name in the hub cache.")],
+    out: Annotated[Path, typer.Option(help="Calibration table to write (.safetensors).")],
+    quantization: Annotated[bool, typer.Option("--quantization", help="What linear layers read, for 8 bits.")] = False,
+    plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    recipe: Annotated[str, typer.Option(help="per_token, static or ptq4dm.")] = "per_token",
+    samples: Annotated[int | None, typer.Option(help="States to measure on; default: the recipe's.", min=1)] = None,
+    groups: Annotated[int | None, typer.Option(help="Timestep groups; default: the recipe's.", min=1)] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: classes of the model.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the states and of what is drawn.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model along the plan that it will run; the table is what `vivace quantize` reads."""
+    from vivace.cli.calibrate import calibrate_model
+
+    if not quantization:
+        raise ArgumentError("calibrate: say what for: --quantization")
+    data, text = calibrate_model(
+        model,
+        out=out,
+        plan=plan,
+        solver=solver,
+        steps=steps,
+        guidance=guidance,
+        recipe=recipe,
+        samples=samples,
+        groups=groups,
+        prompts=prompts,
+        seed=seed,
+    )
+    _print(data, text, as_json)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Bundled model name, a folder, or a name in the hub cache.")],
+    out: Annotated[Path, typer.Option(help="File to write: OUT.safetensors, and OUT.json beside it.")],
+    calibration: Annotated[Path | None, typer.Option(help="Table of `vivace calibrate --quantization`.")] = None,
+    format: Annotated[str, typer.Option(help="int8, or fp8 for GPUs that have it.")] = "int8",
+    activations: Annotated[str | None, typer.Option(help="token or static; default: the table's recipe.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest or gptq; default: the table's recipe.")] = None,
+    high: Annotated[list[str] | None, typer.Option(help="Layer or pattern that stays high; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the linear layers of a model's blocks to 8 bits; plans then say which rows run on them."""
+    from vivace.cli.quantize import quantize_model
+
+    data, text = quantize_model(
+        model,
+        out=out,
+        calibration=calibration,
+        format=format,
+        activations=activations,
+        rounding=rounding,
+        high=high or (),
     )
     _print(data, text, as_json)
 
@@ -168,16 +237,18 @@ def profile(
     n: Annotated[int, typer.Option("--n", help="Pictures in the batch.", min=1)] = 1,
     trace: Annotated[Path | None, typer.Option(help="Chrome / Perfetto trace to write (JSON).")] = None,
     top: Annotated[int, typer.Option(help="Kernels listed.", min=1)] = 12,
+    quantized: Quantized = None,
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Where the time goes: per phase, row and kernel."""
     from vivace.models.pipe import load
+    from vivace.models.quantized.given import advised
     from vivace.profile.request import profile_request
 
-    pipe = load(model)
-    chosen = pipe.choose_plan(plan, solver, steps, guidance)
+    pipe = load(model, quantized=quantized)
+    chosen = advised(pipe.choose_plan(plan, solver, steps, guidance), pipe.quantized)
     report = profile_request(pipe.compile(chosen, backend=backend, threads=threads), prompt, n=n, trace=trace)
     _print(report.to_dict(top), report.table(top), as_json)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,13 @@ from vivace.engine.bind import ModelSpec
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.planning import make_plan
-from vivace.errors import ArgumentError, BackendError
+from vivace.engine.precision import named
+from vivace.errors import ArgumentError, BackendError, ModelError
 from vivace.models import pictures
 from vivace.models.load import LoadedModel, OpenModel
 from vivace.models.load import load as load_model
 from vivace.models.prompts import Match
+from vivace.models.quantized import honoured
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +32,30 @@ if TYPE_CHECKING:
     from vivace.engine.session import Session
     from vivace.models.pipelines.decode import DecodeOptions
     from vivace.models.pipelines.open import ForeignPipe
+    from vivace.models.quantized.stand_in import StandIns
+    from vivace.models.quantized.weights import QuantizedWeights
 
 
 class ClassDenoiser:
     """The native DiT as the engine's `Denoiser`: conditions are classes found by prompt, uncond is the null label."""
 
     models: tuple[str, ...] = ("main",)
-    precisions: frozenset[str] = frozenset()
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model, self.spec = model, model.spec
+    def __init__(self, model: LoadedModel, quantized: QuantizedWeights | None = None) -> None:
+        self.model, self.spec, self.quantized = model, model.spec, quantized
         self.device, self.dtype = model.module.device, model.module.dtype
+
+    @cached_property
+    def stand_ins(self) -> StandIns:
+        """What runs a row that names precisions."""
+        from vivace.models.quantized.stand_in import StandIns
+
+        return StandIns(self.quantized)
+
+    @property
+    def precisions(self) -> frozenset[str]:
+        """In which `evaluate` runs blocks, where a variant names them."""
+        return honoured(self.quantized)
 
     def encode(self, prompt: str | int | None) -> Match:
         """The class of a prompt; None or "" is the null label. Raises PromptError with suggestions."""
@@ -55,19 +71,30 @@ class ClassDenoiser:
         null = [self.model.classes] * len(ids)
         labels = torch.tensor([ids if branch == "cond" else null for branch in variant.branches], device=x.device)
         t = torch.tensor(timesteps, dtype=torch.float64, device=x.device)
-        return self.model.module(x, t, labels)
+        if not named(variant):
+            return self.model.module(x, t, labels)
+        from vivace.models.quantized.layers import forward_at
+
+        module, group_of = self.stand_ins.of(self.model.module, variant), self.stand_ins.group_of(variant)
+        groups = None if group_of is None else [group_of(time) for time in timesteps] * len(variant.branches)
+        with forward_at(timesteps, None if groups is None else torch.tensor(groups, device=x.device)):
+            predictions: tuple[Tensor, ...] = module(x, t, labels)
+        return predictions
 
     def compiler(self) -> Compiler | Replayable:
         """The native DiT's, for the device it is on. Raises UnsupportedError with the reason."""
         from vivace.models.compiled.native import native_compiler
         from vivace.models.compiled.replay import DitReplay
 
-        module, null = self.model.module, self.model.classes
+        module, null, quantized = self.model.module, self.model.classes, self.quantized
+        given = {} if quantized is None else {"quantized": quantized}
 
         def label(match: Match, branch: str) -> int:
             return match.id if branch == "cond" else null
 
-        return DitReplay(module, label) if self.device.type == "cuda" else native_compiler(module, self.spec, label)
+        if self.device.type == "cuda":
+            return DitReplay(module, label, **given)
+        return native_compiler(module, self.spec, label, **given)
 
     def to_latent(self, image: Any) -> Tensor:
         """A PIL picture or path at model size, or a tensor as it is, as a latent [C, H, W]."""
@@ -85,12 +112,19 @@ class ClassDenoiser:
 
 
 class Pipe:
-    """A loaded model. It holds weights and nothing of any request; `compile` makes sessions."""
+    """A loaded model. It holds weights and nothing of any request; `compile` makes sessions.
 
-    def __init__(self, model: LoadedModel) -> None:
-        self.model = model
+    quantized: weights for rows in int8 or fp8; None: there are none.
+    """
+
+    def __init__(self, model: LoadedModel, quantized: QuantizedWeights | None = None) -> None:
+        from vivace.models.versions import stamp
+
+        self.model, self.quantized = model, quantized
+        self._stamp = None if quantized is None else stamp(model.module)
         self._copies: WeakValueDictionary[Hashable, LoadedModel] = WeakValueDictionary()
         self._lock = Lock()
+        self._moved: tuple[torch.device, QuantizedWeights] | None = None  # the last copy on a device
 
     @property
     def spec(self) -> ModelSpec:
@@ -135,7 +169,8 @@ class Pipe:
         from vivace.engine.session import Session
 
         check_counts(threads=threads, batch=batch)
-        denoiser = ClassDenoiser(self._placed(device_of(device), dtype_of(dtype)))
+        place = device_of(device)
+        denoiser = ClassDenoiser(self._placed(place, dtype_of(dtype)), self._quantized_on(place))
         return Session(
             denoiser,
             [plan] if isinstance(plan, Plan) else list(plan),
@@ -146,6 +181,21 @@ class Pipe:
             batch=batch,
             expand=partial(_at_its_shape, denoiser.spec),
         )
+
+    def _quantized_on(self, device: torch.device) -> QuantizedWeights | None:
+        """The quantized weights on a device. Raises ModelError when the model's were changed since they were loaded."""
+        from vivace.models.versions import stamp
+
+        if self.quantized is None:
+            return None
+        if stamp(self.model.module) != self._stamp:
+            raise ModelError(
+                "compile: the model's weights were changed since its quantized weights were loaded; load it again"
+            )
+        with self._lock:
+            if self._moved is None or self._moved[0] != device:
+                self._moved = device, self.quantized.to(device)
+            return self._moved[1]
 
     def _placed(self, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
         """The model on a device in a dtype: itself where it is so already, else a copy that its sessions share."""
@@ -177,6 +227,7 @@ def load(
     call: Mapping[str, Any] | None = None,
     decode: DecodeOptions | None = None,
     latent_shape: Sequence[int] | None = None,
+    quantized: str | PathLike[str] | QuantizedWeights | None = None,
 ) -> Pipe | ForeignPipe:
     """Load a model: a bundled name, a folder, a name in the hub cache, a diffusers pipeline, or a bare network of one.
 
@@ -189,6 +240,8 @@ def load(
         call: arguments of every call of a pipeline, such as height, width, num_frames.
         decode: how a pipeline's VAE decodes, tiled or in bfloat16; None is as it is.
         latent_shape: of a bare network, without batch axis; None is the family's.
+        quantized: 8-bit weights of this model, for rows that a plan runs in int8 or fp8: a file of `vivace quantize`,
+            an int8 checkpoint of torchao or Model-Optimizer, or the object.
     Raises: ModelError, naming the path and what to do; ArgumentError; UnsupportedError for what cannot be driven.
     """
     try:
@@ -202,11 +255,18 @@ def load(
     if is_foreign(source):
         from vivace.models.pipelines.open import open_foreign
 
-        return open_foreign(source, device=device, dtype=dtype_of(dtype), scheduler=scheduler, **foreign)
+        return open_foreign(
+            source, device=device, dtype=dtype_of(dtype), scheduler=scheduler, quantized=quantized, **foreign
+        )
     for name, value in foreign.items():
         if value is not None:
             raise ArgumentError(f"load: {name}={value!r} has no meaning for {str(source)!r}, a model in the DiT format")
-    return Pipe(load_model(source, device=device or "cpu", dtype=dtype_of(dtype), scheduler=scheduler))
+    model = load_model(source, device=device or "cpu", dtype=dtype_of(dtype), scheduler=scheduler)
+    if quantized is None:
+        return Pipe(model)
+    from vivace.models.quantized.given import weights_of
+
+    return Pipe(model, weights_of(quantized, model.module, model.spec.fingerprint))
 
 
 def default_plan(

@@ -21,9 +21,12 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
     Args:
         x: [..., K], dtype of the layer.
-        layer: weight [M, K], bias [M] or none.
+        layer: weight [M, K], bias [M] or none; a stand-in of one (of another class) is called instead.
     Returns: [..., M], contiguous; row i does not depend on the number of rows.
     """
+    if type(layer) is not nn.Linear:
+        stood: Tensor = layer(x)
+        return stood
     rows = x.numel() // x.shape[-1]
     missing = -rows % ROWS
     if missing == 0:

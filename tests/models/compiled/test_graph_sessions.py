@@ -148,7 +148,8 @@ def test_the_native_dit_compiles_once_for_each_size_and_number_of_branches(nativ
 def test_the_self_test_runs_graphs(native):
     graphs = session(native, native.replay, *plans())
     assert captured(graphs) in (2, 4)  # one sample; three too where its outcome is not on disk yet
-    assert {variant.branches for variant in graphs.probe.ms} == {("cond",), ("cond", "uncond")} and graphs.probe.executor is graphs.executor
+    assert {variant.branches for variant in graphs.probe.ms} == {("cond",), ("cond", "uncond")}
+    assert graphs.probe.executor is graphs.executor
 
 
 # --- networks of diffusers --------------------------------------------------------------------------------------------

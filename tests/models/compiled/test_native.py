@@ -173,7 +173,8 @@ def test_sessions_of_one_model_share_packed_weights_and_nothing_else(pipe, monke
     plan = plan_of(pipe, 2)
     one, two = (pipe.compile(plan, backend="cpu") for _ in range(2))
     rows = [session.executor.compiler.row("C++ row") for session in (one, two)]
-    assert rows[0].weights is rows[1].weights and rows[0]._arena.data_ptr() != rows[1]._arena.data_ptr()
+    layers = [{name: layer.weight.data_ptr() for name, layer in row.weights.layers.items()} for row in rows]
+    assert layers[0] == layers[1] and rows[0].memory.bytes.data_ptr() != rows[1].memory.bytes.data_ptr()
     states = [session.begin(vivace.Request("tree", seed=3)) for session in (one, two)]
     while not states[0].done:
         for session, state in zip((one, two), states, strict=True):

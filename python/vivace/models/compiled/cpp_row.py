@@ -6,84 +6,88 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vivace import _C
 from vivace.engine.compiled import Bucket
-from vivace.kernels.linear import PackedWeight, pack_weight
-from vivace.models.compiled.packs import kept
-from vivace.models.dit import NORM_EPS, DiT
+from vivace.models.compiled.packed import PackedDit
+from vivace.models.compiled.precisions import SITES, Kinds, plain
+from vivace.models.compiled.scales import scale_table
+from vivace.models.dit import DiT
+from vivace.models.quantized.weights import QuantizedWeights
 
 ALIGNMENT = 64  # bytes
 KEPT = 64  # position tables and output shapes kept
+CLOCKED = ("linear", "attention", "norm", "quantize", "rest")
 Picks = Sequence[Sequence[tuple[int, int]]]
+Fault = tuple[str, int]  # a linear whose input held NaN or infinity, and the sample
 
 
-class PackedDit:
-    """Weights of a DiT as the C++ runner reads them: packed linears with float32 biases. Immutable, shared."""
+class Memory:
+    """An arena that grows; rows that never run at the same time share one."""
 
-    def __init__(self, model: DiT) -> None:
-        config = model.config
-        self.kept: list[tuple[PackedWeight, Tensor | None]] = []
-        self.nbytes = 0
-        self.runner = _C.Dit(
-            heads=config.heads,
-            patch=config.patch,
-            channels=config.channels,
-            out_channels=config.out_channels,
-            gelu=config.gelu,
-            eps=(NORM_EPS, config.norm_eps, NORM_EPS),
-            dtype=str(model.dtype).removeprefix("torch."),
-            patches=self._packed(model.patches),
-            blocks=[tuple(map(self._packed, (b.qkv, b.out, b.up, b.down))) for b in model.layers()],
-            final=self._packed(model.final),
-        )
+    def __init__(self) -> None:
+        self.bytes = _aligned(0)
 
-    def _packed(self, layer: nn.Linear) -> tuple[int, int, int, int]:
-        weight = pack_weight(layer.weight)
-        bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
-        self.kept.append((weight, bias))
-        self.nbytes += weight.nbytes + (0 if bias is None else bias.nbytes)
-        return weight.data_ptr(), *weight.shape, 0 if bias is None else bias.data_ptr()
+    def grow(self, need: int) -> None:
+        """Room for that many bytes."""
+        if need > self.bytes.nbytes:
+            self.bytes = _aligned(need)
 
 
 class CppRow:
-    """Evaluates rows by one call into C++; owns the arena and the outputs, which the next run overwrites."""
+    """Evaluates rows by one call into C++; owns the outputs, which the next run overwrites.
 
-    def __init__(self, model: DiT) -> None:
-        self.model, self.weights = model, kept(model, "row", PackedDit)
-        self._arena = _aligned(0)
-        self._sizes: tuple[int, ...] = (1, 1, 1)  # rows, samples, tokens the arena has room for
+    Args:
+        kinds: the precisions of the blocks; None: the model's dtype. quantized: weights for those in int8.
+        memory: shared with rows that never run at the same time; None: its own.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        kinds: Kinds | None = None,
+        quantized: QuantizedWeights | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.model, self.weights = model, PackedDit(model, kinds or plain(model), quantized)
+        self.clocked: tuple[int, ...] | None = None
+        self.fault: Fault | None = None
+        self._scales = scale_table(quantized, kinds or plain(model))
+        self.memory = memory or Memory()
+        self._sizes = (1, 1, 1)  # rows, samples, tokens the arena has room for
         self._threads = 1
         self._positions = lru_cache(KEPT)(self._table)
         self._out = lru_cache(KEPT)(partial(torch.empty, dtype=torch.float32))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of packed weights and arena."""
-        return self.weights.nbytes + self._arena.nbytes
-
     def reserve(self, branches: int, bucket: Bucket) -> None:
         """Make the arena large enough for that many branches of a bucket."""
-        sizes = branches * bucket.samples, bucket.samples, bucket.tokens
-        self._sizes = tuple(map(max, self._sizes, sizes))
+        rows, samples, tokens = self._sizes
+        wanted = branches * bucket.samples
+        self._sizes = max(rows, wanted), max(samples, bucket.samples), max(tokens, bucket.tokens)
         self._grow(torch.get_num_threads())
 
     def _grow(self, threads: int) -> None:
         """Room for all that was reserved, on that many threads."""
         self._threads = max(self._threads, threads)
-        need = self.weights.runner.arena_bytes(*self._sizes, self._threads)
-        if need > self._arena.nbytes:
-            self._arena = _aligned(need)
+        self.memory.grow(self.weights.runner.arena_bytes(*self._sizes, self._threads))
 
     def run(
-        self, x: Tensor, lanes: Sequence[int], tables: Sequence[Tensor], picks: Picks, *, clock: bool = False
+        self,
+        x: Tensor,
+        lanes: Sequence[int],
+        tables: Sequence[Tensor],
+        picks: Picks,
+        groups: Sequence[int] | None = None,
+        *,
+        clock: bool = False,
+        check: bool = False,
     ) -> tuple[Tensor, ...]:
         """Predictions float32 [n, C, H, W] per branch.
 
         x: [lanes, C, H, W], float32 or bfloat16; tables: of each sample the modulation [S, B, 6L + 2, D] float32;
-        picks: of each sample the (row, branch) of its table for every branch of the network; clock: leave the
-        nanoseconds of linears, attention, norms and the rest in `clocked`.
+        picks: of each sample the (row, branch) of its table for every branch of the network; groups: of each sample the
+        timestep group of its activation scales, None where all go by token; clock: leave the nanoseconds of each of
+        CLOCKED in `clocked`; check: leave in `fault` the first linear whose input held NaN or infinity, None if none.
         """
         capacity, channels, height, width = x.shape
         threads = torch.get_num_threads()
@@ -96,20 +100,37 @@ class CppRow:
             for b in range(branches)
             for table, pick in zip(tables, picks, strict=True)
         ]
-        self.clocked = self.weights.runner.run(
+        self.clocked, place = self.weights.runner.run(
             x=(x.data_ptr(), x.stride(0), str(x.dtype)[6:]),
             capacity=capacity,
             lanes=lanes,
             size=size,
             positions=self._positions(size).data_ptr(),
             modulations=modulations,
+            x_scales=self._given(groups) * branches,
             outs=[part.data_ptr() for part in out],
-            arena=self._arena.data_ptr(),
-            arena_bytes=self._arena.nbytes,
+            arena=self.memory.bytes.data_ptr(),
+            arena_bytes=self.memory.bytes.nbytes,
             threads=threads,
             clock=clock,
+            check=check,
         )
+        self.fault = None if place < 0 else self._found(place, branches * len(lanes), len(lanes))
         return out.unbind(0)
+
+    def _given(self, groups: Sequence[int] | None) -> list[int]:
+        """Addresses of the activation scales [L, 4] of samples in these timestep groups."""
+        table = self._scales
+        if groups is None or table is None:
+            return []
+        return [table.data_ptr() + group * table.stride(0) * 4 for group in groups]
+
+    def _found(self, place: int, rows: int, samples: int) -> Fault:
+        """The linear and the sample of a fault."""
+        site, row = divmod(place, rows)
+        block, part = divmod(site, len(SITES))
+        name = "final" if block == self.model.config.layers else f"blocks.{block}.{SITES[part]}"
+        return name, row % samples
 
     def _table(self, size: tuple[int, int]) -> Tensor:
         """Positions [N, D] float32 of latents of a size."""

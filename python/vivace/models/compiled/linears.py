@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from vivace.kernels.gelu import gelu
 from vivace.kernels.gelu.reference import gelu as plain_gelu
+from vivace.kernels.int8_linear import int8_linear
+from vivace.kernels.int8_norm_modulate import int8_norm_modulate
+from vivace.kernels.norm_modulate import norm_modulate
+from vivace.kernels.quantize_tokens import quantize_tokens
+from vivace.kernels.spec import CPU, missing
+from vivace.models.quantized.layers import packed_weight
+from vivace.models.quantized.weights import QuantizedLayer
 
 ACTIVATIONS = {None: "none", "tanh": "gelu_tanh", "none": "gelu"}  # `approximate` of a GELU -> name in kernels.linear
 
@@ -83,19 +90,84 @@ class TorchLinears:
 
 
 class OurLinears:
-    """`vivace.kernels.linear`: bias, activation, gate and residual in the product's own pass."""
+    """`vivace.kernels.linear`: bias, activation, gate and residual in the product's own pass.
+
+    dtype: of the weights and of x; None: that of the layer.
+    """
 
     gated = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.how = "vivace.kernels.linear"
-        self.packs = device.type == "cpu"
+        self.packs, self.dtype = device.type == "cpu", dtype
 
     def prepare(self, layer: nn.Linear) -> Layer:
         """The layer, its weight packed once on the CPU."""
         from vivace.kernels.linear import linear, pack_weight
 
-        return _OurLayer(linear, pack_weight(layer.weight) if self.packs else layer.weight, layer.bias)
+        weight: Tensor = layer.weight.detach()
+        bias: Tensor | None = layer.bias
+        if self.dtype is not None and self.dtype != weight.dtype:
+            weight, bias = weight.to(self.dtype), None if bias is None else bias.detach().float()
+        packs = self.packs and weight.dtype in (torch.float32, torch.bfloat16)
+        return _OurLayer(linear, pack_weight(weight) if packs else weight, bias)
+
+
+class EightBits(NamedTuple):
+    """Rows in 8 bits: numbers [R, N, K] and a float32 scale a row [R, N]."""
+
+    numbers: Tensor
+    scale: Tensor
+
+
+class QuantizedProduct:
+    """One linear on 8-bit weights, and what makes its input: our int8 ops, or those of fp8.
+
+    bias: the model's. A row's scale is its own, or the one given for its sample, `given` float32 [R].
+    """
+
+    def __init__(self, layer: QuantizedLayer, bias: Tensor | None) -> None:
+        self.layer, self.bias = layer, None if bias is None else bias.detach().float()
+        self.int8 = layer.weight.dtype == torch.int8
+        self.quantize: Callable[..., tuple[Tensor, Tensor]] = quantize_tokens
+        self.product: Callable[..., Tensor] = int8_linear
+        self.weight: Any = layer.weight
+        if not self.int8:
+            from vivace.kernels.fp8_linear import fp8_linear
+            from vivace.kernels.fp8_quantize_tokens import fp8_quantize_tokens
+
+            self.quantize, self.product = fp8_quantize_tokens, fp8_linear
+        elif layer.weight.device.type == "cpu" and missing(CPU) is None:
+            self.weight = packed_weight(layer)
+
+    def normed(self, hidden: Tensor, scale: Tensor, shift: Tensor, eps: float, given: Tensor | None) -> EightBits:
+        """norm(hidden) * (1 + scale) + shift in 8 bits."""
+        if not self.int8:
+            return self.quantized(norm_modulate(hidden, scale, shift, eps=eps), given)
+        made = int8_norm_modulate(hidden, scale, shift, eps=eps, smooth=self.layer.smooth, x_scale=self._given(given))
+        return EightBits(*made)
+
+    def quantized(self, x: Tensor, given: Tensor | None) -> EightBits:
+        """x [R, N, K] in 8 bits."""
+        return EightBits(*self.quantize(x, smooth=self.layer.smooth, scale=self._given(given)))
+
+    def _given(self, given: Tensor | None) -> Tensor | None:
+        return None if self.layer.x_scale is None else given
+
+    def __call__(self, x: EightBits, out: Rows, then: Then = PLAIN) -> Rows:
+        """residual + gate * act(x W^T + bias) of the rows that count."""
+        self.product(
+            x.numbers,
+            self.weight,
+            x.scale,
+            self.layer.weight_scale,
+            self.bias,
+            activation=ACTIVATIONS[then.approximate],
+            gate=then.gate,
+            residual=None if then.residual is None else then.residual.tokens,
+            out=out.tokens,
+        )
+        return out
 
 
 def packable(dtype: torch.dtype) -> bool:

@@ -1,7 +1,7 @@
 """The native DiT compiled for the CPU: a row is one call into C++, or a fixed sequence of torch linears and our ops.
 
-Which of the two is measured on one block, once per number of tokens, and kept on disk: either rounds in its own way.
-In C++ (csrc/runtime/dit.*) a row is packed linears, attention and fused ops over one arena.
+Which of the two is measured on one block, once per number of tokens and precision, and kept on disk: either rounds in
+its own way. In C++ (csrc/runtime/dit.*) a row is packed linears, attention and fused ops over one arena.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from vivace.engine.bind import ModelSpec
 from vivace.engine.compiled import Bucket, Evaluation, Hoisted
 from vivace.engine.machine import machine
 from vivace.engine.plan import Variant
-from vivace.errors import UnsupportedError
+from vivace.engine.precision import BlockPrecision
+from vivace.errors import StateError, UnsupportedError
 from vivace.kernels import store
 from vivace.kernels.spec import CPU, missing
-from vivace.models.compiled.cpp_row import CppRow
+from vivace.models.compiled.cpp_row import CppRow, Memory
 from vivace.models.compiled.hoist import modulation_table
+from vivace.models.compiled.packed import bytes_by_dtype
 from vivace.models.compiled.packs import refresh
+from vivace.models.compiled.precisions import Kinds, counted, kinds_of, nearest, plain, told, why_not
 from vivace.models.compiled.sequence_row import SequenceRow
 from vivace.models.dit import DiT
+from vivace.models.quantized.layers import debugging, odd_numbers
+from vivace.models.quantized.stand_in import honoured
+from vivace.models.quantized.weights import QuantizedWeights
 
 CPP, SEQUENCE = "C++ row", "torch sequence"
 WAYS: dict[str, type[CppRow] | type[SequenceRow]] = {CPP: CppRow, SEQUENCE: SequenceRow}
@@ -41,12 +47,13 @@ def native_compiler(
     label: Callable[[Any, str], int],
     fed: Callable[[Sequence[float]], Sequence[float]] = tuple,
     sign: float = 1.0,
+    quantized: QuantizedWeights | None = None,
 ) -> NativeCompiler:
     """The compiler of a DiT on the CPU. Raises UnsupportedError with the reason.
 
     Args:
         label: the class id of a condition in a branch; fed: what the network is fed at timesteps of a plan; sign: of
-            its output in the prediction.
+            its output in the prediction; quantized: weights of this model, for rows in their format.
     """
     if model.dtype not in DTYPES:
         name = str(model.dtype).removeprefix("torch.")
@@ -54,7 +61,7 @@ def native_compiler(
     if (reason := missing(CPU)) is not None:
         raise UnsupportedError(reason)
     refresh(model)
-    return NativeCompiler(model, spec, label, fed, sign)
+    return NativeCompiler(model, spec, label, fed, sign, quantized)
 
 
 class NativeCompiler:
@@ -67,24 +74,29 @@ class NativeCompiler:
         label: Callable[[Any, str], int],
         fed: Callable[[Sequence[float]], Sequence[float]],
         sign: float,
+        quantized: QuantizedWeights | None = None,
     ) -> None:
         self.model, self.spec, self.label, self.fed, self.sign = model, spec, label, fed, sign
-        self.measured: dict[int, dict[str, Any]] = {}
-        self._rows: dict[str, CppRow | SequenceRow] = {}
+        self.quantized = quantized
+        self.measured: dict[tuple[int, BlockPrecision], dict[str, Any]] = {}
+        self._rows: dict[tuple[str, Kinds], CppRow | SequenceRow] = {}
+        self._memory = Memory()
 
     @property
     def precisions(self) -> frozenset[str]:
         """In which rows run, where a plan names precisions."""
-        return frozenset()
+        return honoured(self.quantized)
 
     def why_not(self, variant: Variant) -> str | None:
-        return None  # whatever needs more than whole forwards was refused before
+        """Whatever needs more than whole forwards was refused before; what is left are precisions."""
+        return why_not(self.model, variant, self.quantized)
 
     def compile(self, variant: Variant, bucket: Bucket, shape: Sequence[int]) -> NativeNetwork:
-        found = self._measured(bucket.tokens, shape)
-        row = self.row(found["way"])
+        kinds = kinds_of(self.model, variant)
+        way = self._way(kinds, bucket.tokens, shape)
+        row = self.row(way, kinds)
         row.reserve(len(variant.branches), bucket)
-        return NativeNetwork(self, variant, row, f"{found['way']}, {DTYPES[self.model.dtype]}")
+        return NativeNetwork(self, variant, row, f"{way}, {told(kinds, DTYPES[self.model.dtype])}")
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted:
         """Modulation vectors [S, B, 6L + 2, D] float32 of rows at `timesteps`, for each branch of a class."""
@@ -97,27 +109,47 @@ class NativeCompiler:
         return modulation_table(self.model, self.fed(timesteps), labels, keep=keep)
 
     def report(self) -> dict[str, Any]:
-        """By number of tokens how rows run and what decided it, ms a block; bytes of the prepared weights."""
-        measured = [f"{tokens} tokens: {_told(found)}" for tokens, found in self.measured.items()]
-        return {"measured": measured, "weights": {name: row.nbytes for name, row in self._rows.items()}}
+        """By number of tokens and precision how rows run and what decided it, ms a block; bytes of prepared weights."""
+        own = DTYPES[self.model.dtype]
+        measured = [
+            f"{tokens} tokens{'' if kind == (None, None) else ', ' + told((kind,), own)}: {_told(found)}"
+            for (tokens, kind), found in self.measured.items()
+        ]
+        rows = {way: [row for (name, _), row in self._rows.items() if name == way] for way in WAYS}
+        packs = bytes_by_dtype(row.weights for row in rows[CPP] if isinstance(row, CppRow))
+        weights = {f"{CPP}, {dtype}": size for dtype, size in packs.items()}
+        if rows[SEQUENCE]:
+            weights[SEQUENCE] = sum(parameter.nbytes for parameter in self.model.parameters())
+        return {"measured": measured, "weights": weights, "arena": self._memory.bytes.nbytes}
 
-    def row(self, way: str) -> CppRow | SequenceRow:
-        """Rows run that way, with all weights; made once."""
-        if way not in self._rows:
-            self._rows[way] = WAYS[way](self.model)
-        return self._rows[way]
+    def row(self, way: str, kinds: Kinds | None = None) -> CppRow | SequenceRow:
+        """Rows run that way in these precisions, None is the model's own, with all weights; made once."""
+        key = way, kinds or plain(self.model)
+        if key not in self._rows:
+            self._rows[key] = WAYS[way](self.model, key[1], self.quantized, self._memory)
+        return self._rows[key]
 
-    def _measured(self, tokens: int, shape: Sequence[int]) -> dict[str, Any]:
-        """The faster way for that many tokens, as measured now, or earlier under the same circumstances."""
-        if tokens not in self.measured:
+    def _way(self, kinds: Kinds, tokens: int, shape: Sequence[int]) -> str:
+        """The way of a row of these precisions: the faster one by what its blocks take each."""
+        found = {kind: self._measured(kind, tokens, shape) for kind in counted(kinds)}
+        if len(ways := {each["way"] for each in found.values()}) == 1:
+            return str(ways.pop())
+        ms = {way: sum(count * found[kind]["ms"][way] for kind, count in counted(kinds).items()) for way in WAYS}
+        return CPP if ms[CPP] < CLEARLY * ms[SEQUENCE] else SEQUENCE
+
+    def _measured(self, kind: BlockPrecision, tokens: int, shape: Sequence[int]) -> dict[str, Any]:
+        """The faster way of such a block for that many tokens, measured now or earlier under the same circumstances."""
+        if (tokens, kind) not in self.measured:
             key: dict[str, Any] = {"what": "way of a DiT's row", "model": self.spec.fingerprint, "tokens": tokens}
             key |= {"dtype": DTYPES[self.model.dtype], "machine": machine(self.model.device) | {"threads": "any"}}
+            if kind != (None, None):
+                key["precision"] = list(kind)
             kept = store.get(key).value
             if not isinstance(kept, dict) or kept.get("way") not in WAYS:
-                kept = _measure(self.model, shape, tokens)
+                kept = _measure(self.model, shape, tokens, kind)
                 store.put(key, kept)
-            self.measured[tokens] = kept
-        return self.measured[tokens]
+            self.measured[tokens, kind] = kept
+        return self.measured[tokens, kind]
 
 
 class NativeNetwork:
@@ -125,9 +157,14 @@ class NativeNetwork:
 
     def __init__(self, compiler: NativeCompiler, variant: Variant, row: CppRow | SequenceRow, how: str) -> None:
         self.compiler, self.branches, self.row, self.how = compiler, variant.branches, row, how
+        weights = compiler.quantized
+        self.group_of = weights.group_of if weights is not None and weights.static else None
 
     def run(self, call: Evaluation) -> tuple[Tensor, ...]:
-        """One prediction [n, C, H, W] per branch, in memory of the row."""
+        """One prediction [n, C, H, W] per branch, in memory of the row.
+
+        Raises: StateError for activations with NaN or infinity where VIVACE_DEBUG is 1 or more, naming step and layer.
+        """
         tables, picks = [], []
         for j, hoisted in enumerate(call.hoisted):
             row, branches = call.rows[j], self.branches
@@ -137,16 +174,21 @@ class NativeNetwork:
                 table, branches = hoisted.data
             tables.append(table)
             picks.append([(row, branches.index(branch)) for branch in self.branches])
-        outs = self.row.run(call.x, call.lanes, tables, picks)
+        groups = None if self.group_of is None else [self.group_of(time) for time in call.timesteps]
+        outs = self.row.run(call.x, call.lanes, tables, picks, groups, check=debugging())
+        if (fault := self.row.fault) is not None:
+            layer, sample = fault
+            raise StateError(f"step {call.rows[sample]}: {odd_numbers(layer, call.timesteps[sample : sample + 1])}")
         return outs if self.compiler.sign == 1.0 else tuple(out.neg_() for out in outs)
 
 
 @torch.inference_mode()
-def _measure(model: DiT, shape: Sequence[int], tokens: int) -> dict[str, Any]:
+def _measure(model: DiT, shape: Sequence[int], tokens: int, kind: BlockPrecision = (None, None)) -> dict[str, Any]:
     """Milliseconds of one block each way, the least of several in turn, and which is faster."""
     short = DiT.of(replace(model.config, layers=1), model.state_dict())
     x, table = torch.zeros((1, *shape), dtype=model.dtype), modulation_table(short, [1.0], [0])
-    rows = {name: make(short) for name, make in WAYS.items()}
+    quantized = nearest(short) if "int8" in kind else None
+    rows = {name: make(short, (kind,), quantized) for name, make in WAYS.items()}
     ms = dict.fromkeys(rows, math.inf)
     for name, row in [*rows.items()] * ROUNDS:
         row.reserve(1, Bucket(tokens, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ from vivace.models.versions import stamp
 
 Made = TypeVar("Made")
 _KEPT: WeakKeyDictionary[DiT, dict[str, Any]] = WeakKeyDictionary()
-_LOCK = Lock()
+_LOCK = RLock()
 
 
 def refresh(model: DiT) -> None:
@@ -24,7 +24,7 @@ def refresh(model: DiT) -> None:
 
 
 def kept(model: DiT, name: str, make: Callable[[DiT], Made]) -> Made:
-    """make(model), called once; what it returns must not hold the model."""
+    """make(model), called once; what it returns must not hold the model. `make` may call this for parts of it."""
     with _LOCK:
         made = _KEPT.get(model)
         if made is None:

@@ -7,8 +7,8 @@ residual, norm, modulation. The same ops in the same order for every row; what c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,20 +17,34 @@ from torch import Tensor
 
 from vivace.kernels.adaln_modulate import adaln_modulate
 from vivace.kernels.adaln_modulate import reference as plain_adaln
+from vivace.kernels.gated_residual import gated_residual
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.norm_modulate import reference as plain_norm
-from vivace.models.compiled.linears import Layer, Linears, Rows, Then, TorchLinears
-from vivace.models.dit import NORM_EPS, Block, DiT
+from vivace.models.compiled.linears import (
+    PLAIN,
+    EightBits,
+    Linears,
+    OurLinears,
+    QuantizedProduct,
+    Rows,
+    Then,
+    TorchLinears,
+)
+from vivace.models.compiled.precisions import SITES, Kinds, dtype_in, layer_in, plain
+from vivace.models.dit import NORM_EPS, DiT
 from vivace.models.dit_config import DiTConfig
+from vivace.models.quantized.weights import QuantizedWeights
 from vivace.models.rowwise import ROWS
+
+Look = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Arena:
     """Memory of one evaluation of R rows of N tokens, width D: all that lives between two ops of the sequence.
 
-    cells [n, N, C p p] is as long as the rows, of which the samples use the first; out: predictions, one branch after
-    the other, flat.
+    hidden and update have one dtype, normed, qkv, mixed and up another, the rest that of the model. cells [n, N, C p p]
+    is as long as the rows, of which the samples use the first; out: predictions, one branch after the other, flat.
     """
 
     hidden: Rows
@@ -45,17 +59,45 @@ class Arena:
     out: Tensor
 
     @classmethod
-    def of(cls, config: DiTConfig, rows: int, tokens: int, like: Tensor) -> Arena:
-        """Zeros for everything, in the dtype and on the device of `like`."""
+    def of(
+        cls,
+        config: DiTConfig,
+        rows: int,
+        tokens: int,
+        like: Tensor,
+        hidden: torch.dtype | None = None,
+        widest: torch.dtype | None = None,
+    ) -> Arena:
+        """Zeros on the device of `like`. hidden: dtype of hidden states; widest: of activations; None: that of like."""
         width, cell = config.width, config.patch * config.patch
         height = rows * tokens + -(rows * tokens) % ROWS
 
-        def memory(columns: int) -> Rows:
-            return Rows.of(like.new_zeros(height, columns), rows, tokens)
+        def memory(columns: int, dtype: torch.dtype | None = None) -> Rows:
+            return Rows.of(like.new_zeros(height, columns, dtype=dtype or like.dtype), rows, tokens)
 
-        columns = (width, width, 3 * width, width, width, 4 * width, config.channels * cell, width)
-        out = like.new_zeros(rows * tokens * cell * config.channels)
-        return cls(*map(memory, columns), memory(cell * config.out_channels), out)
+        return cls(
+            hidden=memory(width, hidden),
+            normed=memory(width, widest),
+            qkv=memory(3 * width, widest),
+            mixed=memory(width, widest),
+            update=memory(width, hidden),
+            up=memory(4 * width, widest),
+            cells=memory(config.channels * cell),
+            embedded=memory(width),
+            pixels=memory(cell * config.out_channels),
+            out=like.new_zeros(rows * tokens * cell * config.channels),
+        )
+
+    def at(self, dtype: torch.dtype) -> Arena:
+        """The same memory, activations in a dtype that is no wider."""
+        if self.normed.padded.dtype == dtype:
+            return self
+
+        def seen(rows: Rows) -> Rows:
+            flat = rows.padded.view(-1).view(dtype)[: rows.padded.numel()]
+            return rows.like(flat.view(rows.padded.shape))
+
+        return replace(self, normed=seen(self.normed), qkv=seen(self.qkv), mixed=seen(self.mixed), up=seen(self.up))
 
     @property
     def nbytes(self) -> int:
@@ -64,35 +106,116 @@ class Arena:
         return sum((part.padded if isinstance(part, Rows) else part).nbytes for part in parts)
 
 
+class _Linear(NamedTuple):
+    """One linear of a block, prepared: the dtype of float activations around it, and its column in the table of scales.
+
+    call: takes `Rows`, or `EightBits` where it is a `QuantizedProduct`.
+    """
+
+    name: str
+    call: Any
+    gated: bool
+    dtype: torch.dtype
+    column: int
+
+    @property
+    def eight(self) -> QuantizedProduct | None:
+        """Where its input is quantized: what does it."""
+        return self.call if isinstance(self.call, QuantizedProduct) else None
+
+
+class _Block(NamedTuple):
+    qkv: _Linear
+    out: _Linear
+    up: _Linear
+    down: _Linear
+
+
+class _Run(NamedTuple):
+    """One evaluation: its memory, activation scales [R, 4L] of its rows or None, and who looks at inputs of linears."""
+
+    arena: Arena
+    x_scales: Tensor | None
+    look: Look | None
+
+    def given(self, linear: _Linear) -> Tensor | None:
+        """The scales [R] of a linear's input."""
+        return None if self.x_scales is None else self.x_scales[:, linear.column].contiguous()
+
+
 class DitSequence:
     """prediction = DiT(x; modulation, positions), from ops that write where they are told.
 
     Agrees with `DiT.forward` within rounding. A sample has the same bits alone and in any batch.
 
-    linears: the library that multiplies; None is torch's.
+    Args:
+        linears: the library that multiplies in the model's dtype; None is torch's. Those in other precisions are ours.
+        kinds: the precisions of the blocks; None: all the model's. Where activations are of another dtype than the
+            model, hidden states are float32.
+        quantized: weights on the model's device.
     """
 
-    def __init__(self, model: DiT, linears: Linears | None = None) -> None:
+    def __init__(
+        self,
+        model: DiT,
+        linears: Linears | None = None,
+        kinds: Kinds | None = None,
+        quantized: QuantizedWeights | None = None,
+    ) -> None:
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
         self.linears = linears or TorchLinears(model.device, model.dtype)
-        self._like = model.patches.weight
+        self._like, kinds = model.patches.weight, kinds or plain(model)
+        dtypes = {dtype_in(name, model.dtype) for pair in kinds for name in pair}
+        wider = torch.promote_types(model.dtype, torch.float32)
+        self._hidden = model.dtype if dtypes == {model.dtype} else wider
+        self._widest = max(dtypes | {model.dtype}, key=lambda dtype: dtype.itemsize)
         self._patches, self._final = self.linears.prepare(model.patches), self.linears.prepare(model.final)
-        self._blocks = [_Block(block, self.linears) for block in model.layers()]
+        self._blocks = [_Block(*self._block(model, i, kinds[i], quantized)) for i in range(len(kinds))]
+        self._eps = [(block.mlp_eps, block.approximate) for block in model.layers()]
+        self._head = _Linear("final", self._final, False, model.dtype, -1)
         self._arenas: WeakValueDictionary[tuple[int, int], Arena] = WeakValueDictionary()
-        exact = self.dtype == torch.float16  # which the fused ops do not take: their definitions
+        exact = self._hidden == torch.float16  # which the fused ops do not take: their definitions
         self._norm: Callable[..., Any] = plain_norm.norm_modulate if exact else norm_modulate
         self._adaln: Callable[..., Any] = plain_adaln.adaln_modulate if exact else adaln_modulate
+
+    def _block(
+        self, model: DiT, index: int, kind: tuple[str | None, str | None], quantized: QuantizedWeights | None
+    ) -> list[_Linear]:
+        """The linears of a block in their precisions."""
+        made = []
+        for place, part in enumerate(SITES):
+            precision, layer = kind[place // 2], getattr(model.layers()[index], part)
+            dtype, held = dtype_in(precision, model.dtype), layer_in(quantized, index, part, kind[place // 2])
+            linears, call = self.linears, None
+            if held is not None:
+                call = QuantizedProduct(held, layer.bias)
+            elif precision is not None or self._hidden != model.dtype:
+                linears = OurLinears(model.device, dtype)
+            gated = call is not None or linears.gated
+            name = f"blocks.{index}.{part}"
+            made.append(_Linear(name, call or linears.prepare(layer), gated, dtype, len(SITES) * index + place))
+        return made
 
     def arena(self, rows: int, tokens: int) -> Arena:
         """The memory of that size: one for all who hold it, given back when nobody does."""
         arena = self._arenas.get((rows, tokens))
         if arena is None:
             with torch.inference_mode(False):
-                arena = self._arenas[rows, tokens] = Arena.of(self.config, rows, tokens, self._like)
+                arena = self._arenas[rows, tokens] = self._made(rows, tokens)
         return arena
 
+    def _made(self, rows: int, tokens: int) -> Arena:
+        return Arena.of(self.config, rows, tokens, self._like, self._hidden, self._widest)
+
     def run(
-        self, x: Tensor, modulation: Tensor, positions: Tensor, branches: int, arena: Arena | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        positions: Tensor,
+        branches: int,
+        arena: Arena | None = None,
+        x_scales: Tensor | None = None,
+        look: Look | None = None,
     ) -> tuple[Tensor, ...]:
         """Predictions of every branch.
 
@@ -101,18 +224,24 @@ class DitSequence:
             modulation: [R, 6L + 2, D] float32, R = branches * n, branch-major, as in `hoist.modulation_table`.
             positions: [N, D] in the model's dtype.
             arena: of (R, N); None is one that nobody else uses.
+            x_scales: float32 [R, 4L], scales of quantized inputs, 0 where tokens have their own; None: everywhere.
+            look: called with the name of every linear of a block or the head, and its input [R, N, K], or the scales
+                [R, N] of one that is quantized.
         Returns: B tensors [n, C, H, W] in the arena, which its next evaluation overwrites.
         """
         patch, channels = self.config.patch, self.config.channels
         n, _, height, width = x.shape
         down, across = height // patch, width // patch
-        arena = arena or Arena.of(self.config, branches * n, down * across, self._like)
-        vectors = modulation.unbind(1)
+        arena = arena or self._made(branches * n, down * across)
+        run, vectors = _Run(arena, x_scales, look), modulation.unbind(1)
         self._embed(arena, x, positions, branches)
-        self._norm(arena.hidden.tokens, vectors[1], vectors[0], eps=NORM_EPS, out=arena.normed.tokens)
+        normed = self._normed(run, self._blocks[0].qkv, vectors[1], vectors[0], NORM_EPS)
         for i, block in enumerate(self._blocks):
-            self._block(arena, block, vectors[6 * i : 6 * i + 8])
-        pixels = self._final(arena.normed, arena.pixels).tokens
+            after = self._blocks[i + 1].qkv if i + 1 < len(self._blocks) else self._head
+            normed = self._step(run, block, normed, vectors[6 * i : 6 * i + 8], self._eps[i], after)
+        if look is not None:
+            look("final", normed.tokens)
+        pixels = self._final(normed, arena.pixels).tokens
         pixels = pixels.view(-1, down, across, patch, patch, self.config.out_channels)[..., :channels]
         out = arena.out.view(-1, channels, down, patch, across, patch)
         out.copy_(pixels.permute(0, 5, 1, 3, 2, 4))
@@ -132,13 +261,16 @@ class DitSequence:
         hidden = arena.hidden.tokens.view(branches, *tokens.shape)
         torch.add(tokens.expand_as(hidden), positions, out=hidden)
 
-    def _block(self, arena: Arena, block: _Block, vectors: tuple[Tensor, ...]) -> None:
-        """One block; `vectors`: its six, then shift and scale of the norm after it, [R, D] each."""
+    def _step(
+        self, run: _Run, block: _Block, x: Any, vectors: tuple[Tensor, ...], mlp: tuple[float, str], after: _Linear
+    ) -> Any:
+        """One block; `vectors`: its six, then shift and scale of the norm after it, [R, D] each; mlp: eps and GELU."""
         _, _, gate1, shift2, scale2, gate2, shift, scale = vectors
-        mixed = self._attention(arena, block.qkv(arena.normed, arena.qkv))
-        self._update(arena, block.out, mixed, gate1, scale2, shift2, block.eps)
-        up = block.up(arena.normed, arena.up, Then(block.approximate))
-        self._update(arena, block.down, up, gate2, scale, shift, NORM_EPS)
+        arena = run.arena.at(block.qkv.dtype)
+        mixed = self._attention(arena, self._product(run, block.qkv, x, arena.qkv))
+        x = self._update(run, block.out, mixed, gate1, (scale2, shift2, mlp[0]), block.up)
+        inner = self._product(run, block.up, x, run.arena.at(block.up.dtype).up, Then(mlp[1]))
+        return self._update(run, block.down, inner, gate2, (scale, shift, NORM_EPS), after)
 
     def _attention(self, arena: Arena, qkv: Rows) -> Rows:
         """softmax(q k^T / sqrt(K)) v of every head, back as rows."""
@@ -151,23 +283,39 @@ class DitSequence:
         arena.mixed.tokens.view(mixed.shape).copy_(mixed)
         return arena.mixed
 
-    def _update(
-        self, arena: Arena, layer: Layer, x: Rows, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
-    ) -> None:
-        """hidden += gate * layer(x), then normed = norm(hidden) * (1 + scale) + shift."""
-        hidden, normed = arena.hidden.tokens, arena.normed.tokens
-        if self.linears.gated:
-            layer(x, arena.hidden, Then(gate=gate, residual=arena.hidden))
-            self._norm(hidden, scale, shift, eps=eps, out=normed)
+    def _product(self, run: _Run, linear: _Linear, x: Any, out: Rows, then: Then = PLAIN) -> Rows:
+        """act(x W^T + b), then gate and residual."""
+        if run.look is not None:
+            run.look(linear.name, x.scale if isinstance(x, EightBits) else x.tokens)
+        made: Rows = linear.call(x, out, then)
+        return made
+
+    def _normed(self, run: _Run, linear: _Linear, scale: Tensor, shift: Tensor, eps: float) -> Any:
+        """norm(hidden) * (1 + scale) + shift as the linear reads it."""
+        hidden = run.arena.hidden.tokens
+        if linear.eight is not None:
+            return linear.eight.normed(hidden, scale, shift, eps, run.given(linear))
+        normed = run.arena.at(linear.dtype).normed
+        if linear.dtype in (hidden.dtype, torch.bfloat16):
+            self._norm(hidden, scale, shift, eps=eps, out=normed.tokens)
         else:
-            update = layer(x, arena.update).tokens
-            self._adaln(hidden, update, gate, scale, shift, eps=eps, out=normed, hidden_out=hidden)
+            normed.tokens.copy_(self._norm(hidden, scale, shift, eps=eps))
+        return normed
 
-
-class _Block:
-    """The linears of one block, prepared, and what its MLP is like."""
-
-    def __init__(self, block: Block, linears: Linears) -> None:
-        self.qkv, self.out = linears.prepare(block.qkv), linears.prepare(block.out)
-        self.up, self.down = linears.prepare(block.up), linears.prepare(block.down)
-        self.eps, self.approximate = block.mlp_eps, block.approximate
+    def _update(
+        self, run: _Run, linear: _Linear, x: Rows, gate: Tensor, norm: tuple[Tensor, Tensor, float], after: _Linear
+    ) -> Any:
+        """hidden += gate * layer(x); returns norm(hidden) * (1 + scale) + shift for the linear `after`."""
+        hidden, (scale, shift, eps) = run.arena.hidden, norm
+        given = x if linear.eight is None else linear.eight.quantized(x.tokens, run.given(linear))
+        if linear.gated:
+            self._product(run, linear, given, hidden, Then(gate=gate, residual=hidden))
+            return self._normed(run, after, scale, shift, eps)
+        update = self._product(run, linear, given, run.arena.update).tokens
+        if after.eight is None and after.dtype == hidden.tokens.dtype:
+            normed = run.arena.at(after.dtype).normed
+            args = (hidden.tokens, update, gate, scale, shift)
+            self._adaln(*args, eps=eps, out=normed.tokens, hidden_out=hidden.tokens)
+            return normed
+        gated_residual(hidden.tokens, update, gate, out=hidden.tokens)
+        return self._normed(run, after, scale, shift, eps)

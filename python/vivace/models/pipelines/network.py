@@ -16,7 +16,11 @@ from vivace.engine.plan import Variant
 from vivace.errors import ShapeError, UnsupportedError
 from vivace.models.pipelines.capture import argument_names
 from vivace.models.pipelines.conditions import Condition, Inputs, fill, hollow, parts
+from vivace.models.quantized.layers import forward_at
+from vivace.models.quantized.stand_in import StandIns
 from vivace.models.versions import held
+
+GROUP = "timestep group"  # input of a piece whose layers have activation scales by time
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,12 @@ class Manner:
 class NetworkDenoiser:
     """What both kinds share: predictions of a network from recorded arguments.
 
-    networks: by the name in a plan's `model` column, "main" first.
+    networks: by the name in a plan's `model` column, "main" first; stand_ins: what runs a row that names precisions.
     """
 
     def __init__(self, networks: Mapping[str, Any], spec: ModelSpec, manner: Manner, device: torch.device) -> None:
         self.networks, self.spec, self.manner = dict(networks), spec, manner
+        self.stand_ins = StandIns()
         self.models = tuple(self.networks)
         self.device, self.dtype = device, next(iter(networks.values())).dtype
         self._options = {} if "return_dict" not in argument_names(networks["main"]) else {"return_dict": False}
@@ -64,7 +69,8 @@ class NetworkDenoiser:
         """One prediction [n, ...] per branch; samples and branches with arguments of equal shapes share a forward."""
         lanes = tuple(range(len(x)))
         call = Evaluation(x, lanes, lanes, tuple(timesteps), tuple(conditions), (None,) * len(lanes))
-        with torch.inference_mode(False), torch.no_grad():  # what a module keeps of a forward stays an ordinary tensor
+        # what a module keeps of a forward stays an ordinary tensor
+        with torch.inference_mode(False), torch.no_grad(), forward_at(timesteps):
             pieces = self.stage(call, variant)
             results = [piece.forward(self._joined(piece.inputs)) for piece in pieces]
             return predictions(pieces, results, len(variant.branches), len(lanes))
@@ -78,44 +84,59 @@ class NetworkDenoiser:
     @property
     def precisions(self) -> frozenset[str]:
         """In which rows run, where a plan names precisions."""
-        return frozenset()
+        return self.stand_ins.precisions
 
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be staged; None when it can."""
-        return None if variant.model in self.networks else f"there is no network {variant.model!r}"
+        if variant.model not in self.networks:
+            return f"there is no network {variant.model!r}"
+        try:
+            self.stand_ins.of(self.networks[variant.model], variant)
+        except UnsupportedError as error:
+            return str(error)
+        return None
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Condition) -> None:
         """Nothing: what a network of diffusers does with its conditions happens in its forward."""
 
     def weights(self) -> list[Tensor]:
-        """Parameters and buffers of the networks."""
-        return [tensor for network in self.networks.values() for tensor in held(network)]
+        """Parameters and buffers of the networks, and quantized weights."""
+        own = [tensor for network in self.networks.values() for tensor in held(network)]
+        return own + self.stand_ins.tensors()
 
     def report(self) -> dict[str, Any]:
         """Which classes run."""
         return {"networks": [type(network).__name__ for network in self.networks.values()]}
 
     def stage(self, call: Evaluation, variant: Variant, bucket: Callable[[int], int] = int) -> tuple[Piece, ...]:
-        """One piece for the rows (sample and branch) whose arguments have equal shapes, filled up to its bucket."""
+        """One piece for the rows (sample and branch) whose arguments have equal shapes, filled up to its bucket.
+
+        Where layers have activation scales by time, also one for each group of timesteps.
+        """
         if variant.model not in self.networks:
             raise UnsupportedError(f"denoiser: no network {variant.model!r}; there are {', '.join(self.networks)}")
         count = len(call.lanes)
         wanted = [(n, branch) for branch in variant.branches for n in range(count)]
         inputs = [call.conditions[n].branch(branch) for n, branch in wanted]
+        group_of = self.stand_ins.group_of(variant)
         groups: dict[Any, list[int]] = {}
         for position, row in enumerate(inputs):
-            groups.setdefault(row.signature, []).append(position)
+            group = None if group_of is None else group_of(call.timesteps[position % count])
+            groups.setdefault((row.signature, group), []).append(position)
         pieces = []
-        for signature, positions in groups.items():
+        for (signature, group), positions in groups.items():
             size = bucket(len(positions))
             filled = positions + positions[-1:] * (size - len(positions))
             lanes = [call.lanes[position % count] for position in filled]
             tensors = parts([inputs[position] for position in filled])
             tensors[self.manner.latent] = samples_of(call.x, lanes)
             times = self.manner.times([call.timesteps[position % count] for position in filled])
-            tensors[self.manner.time] = (times.pin_memory() if call.x.device.type == "cuda" else times,)
-            key = (variant.model, size, tuple(call.x.shape[1:]), call.x.dtype, signature)
-            forward = self._forward(variant.model, inputs[positions[0]])
+            tensors[self.manner.time] = (_sendable(times, call.x.device),)
+            if group is not None:
+                tensors[GROUP] = (_sendable(torch.tensor([group]), call.x.device),)
+            network = self.stand_ins.of(self.networks[variant.model], variant)
+            key = (variant.model, id(network), size, tuple(call.x.shape[1:]), call.x.dtype, signature)
+            forward = self._forward(network, inputs[positions[0]])
             pieces.append(Piece(key, tensors, forward, (*positions, *[-1] * (size - len(positions)))))
         return tuple(pieces)
 
@@ -123,17 +144,22 @@ class NetworkDenoiser:
         """The inputs of a piece as tensors of their own on the device."""
         return {name: torch.cat(values).to(self.device) for name, values in inputs.items()}
 
-    def _forward(self, model: str, row: Inputs) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    def _forward(self, network: Any, row: Inputs) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """Predictions [rows, ...] from the tensors of a batch whose other arguments are those of `row`."""
-        network, manner, tree, options = self.networks[model], self.manner, hollow(row), self._options
+        manner, tree, options = self.manner, hollow(row), self._options
 
         def forward(tensors: Mapping[str, Tensor]) -> Tensor:
             latent, times = tensors[manner.latent], manner.spread(tensors[manner.time])
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), forward_at(groups=tensors.get(GROUP)):
                 out = network(**fill(tree, tensors), **{manner.latent: latent, manner.time: times}, **options)
                 return _prediction(out, latent, type(network).__name__, manner.sign)
 
         return forward
+
+
+def _sendable(numbers: Tensor, device: torch.device) -> Tensor:
+    """Host numbers that a device can fetch without anybody waiting."""
+    return numbers.pin_memory() if device.type == "cuda" else numbers
 
 
 def _prediction(out: Any, latent: Tensor, name: str, sign: float) -> Tensor:

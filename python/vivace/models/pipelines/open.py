@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from vivace.engine.bind import ModelSpec
-from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import make_executor
 from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.passes import apply_experts, apply_guidance
@@ -34,9 +33,13 @@ from vivace.models.pipelines.decode import DecodeOptions
 from vivace.models.pipelines.denoiser import BareDenoiser, Manner, PipelineDenoiser, latent_of, rows_of
 from vivace.models.pipelines.families import Family, family_of
 from vivace.models.pipelines.fingerprint import Fingerprint
+from vivace.models.pipelines.network import NetworkDenoiser
 from vivace.models.pipelines.planned import expert_boundary
 from vivace.models.pipelines.prompting import Prompting
 from vivace.models.pipelines.sources import NETWORK_FOLDERS, check_weights, resolve
+from vivace.models.quantized.given import network_of, weights_of
+from vivace.models.quantized.stand_in import StandIns
+from vivace.models.quantized.weights import QuantizedWeights
 
 # How pipelines feed the networks that are not fed the scheduler's timestep: t / divisor + offset.
 FED = {
@@ -76,8 +79,26 @@ def open_foreign(
     call: Mapping[str, Any] | None = None,
     decode: DecodeOptions | None = None,
     latent_shape: Sequence[int] | None = None,
+    quantized: str | PathLike[str] | QuantizedWeights | None = None,
 ) -> ForeignPipe:
     """See `vivace.load`."""
+    pipe = _opened(source, device, dtype, scheduler, revision, variant, call, decode, latent_shape)
+    if quantized is not None:
+        pipe.quantized = weights_of(quantized, network_of(pipe.networks), pipe.spec.fingerprint)
+    return pipe
+
+
+def _opened(
+    source: Any,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    scheduler: Any,
+    revision: str | None,
+    variant: str | None,
+    call: Mapping[str, Any] | None,
+    decode: DecodeOptions | None,
+    latent_shape: Sequence[int] | None,
+) -> ForeignPipe:
     if isinstance(source, (str, PathLike)):
         source = _read(source, dtype, revision, variant)
         source = source.to(device_of(device)) if device is not None else source
@@ -107,9 +128,13 @@ def open_foreign(
 
 
 class ForeignPipe(ABC):
-    """A model of diffusers: `spec`, and `compile` to sessions. It holds weights and nothing of any request."""
+    """A model of diffusers: `spec`, and `compile` to sessions. It holds weights and nothing of any request.
+
+    quantized: weights for rows in int8 or fp8; None: there are none.
+    """
 
     networks: Mapping[str, Any]
+    quantized: QuantizedWeights | None = None
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -140,6 +165,9 @@ class ForeignPipe(ABC):
         check_counts(threads=threads, batch=batch)
         place = None if device == "auto" else device_of(device)
         denoiser = self._denoiser(self._placed(place, dtype_of(dtype)))
+        if self.quantized is not None:
+            self.quantized.check(self.spec.fingerprint)
+            denoiser.stand_ins = StandIns(self.quantized.to(denoiser.device))
         executor = make_executor(backend, denoiser, hoist=hoist)
         why = self._unprobed()
         session = Session(
@@ -182,7 +210,7 @@ class ForeignPipe(ABC):
         """The spec with that fingerprint."""
 
     @abstractmethod
-    def _denoiser(self, networks: dict[str, Any]) -> Denoiser:
+    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
         """What a session runs: these networks."""
 
     def _unprobed(self) -> str | None:
@@ -254,7 +282,7 @@ class PipelinePipe(ForeignPipe):
             edges=_edges(family, shape, fields["patch"]),
         )
 
-    def _denoiser(self, networks: dict[str, Any]) -> Denoiser:
+    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
         return PipelineDenoiser(self.prompting, networks, self.spec, self._lock)
 
     def _expanded(self, plan: Plan) -> Plan:
@@ -289,7 +317,7 @@ class NetworkPipe(ForeignPipe):
             edges=_edges(self.family, self.latent_shape, fields["patch"]),
         )
 
-    def _denoiser(self, networks: dict[str, Any]) -> Denoiser:
+    def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
         network = networks["main"]
         names = argument_names(network)
         divisor, offset = FED.get(type(network).__name__, (1.0, 0.0))

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from vivace.models.pipelines.fused.build import build, structure
+from vivace.models.pipelines.fused.build import Given, build, structure
 from vivace.models.pipelines.fused.report import FusedReport, Left, Replaced
 
-__all__ = ["Fused", "FusedReport", "Left", "Replaced", "fuse"]
+__all__ = ["Fused", "FusedReport", "Given", "Left", "Replaced", "fuse"]
 
 
-def fuse(module: Any, *, backend: str | None = None, pack: bool = False) -> tuple[Any, FusedReport]:
+def fuse(
+    module: Any, *, backend: str | None = None, pack: bool = False, given: Given | None = None
+) -> tuple[Any, FusedReport]:
     """A stand-in of the network `module` with our ops inside, and the report of what was replaced and what was left.
 
     Args:
@@ -25,12 +27,13 @@ def fuse(module: Any, *, backend: str | None = None, pack: bool = False) -> tupl
         backend: of the ops, "reference" included; None: the fast one for the device, and plain torch without one.
         pack: linear layers on the CPU get a packed copy of their weights and run our product; weights changed later
             are not seen.
+        given: stand-ins of linear layers that run otherwise, and packs that earlier calls made.
     Returns: (stand-in, report). The stand-in shares parameters, buffers and linears with the module. It is made of the
         module as it is now: after a LoRA was loaded, hooks were attached or a dtype changed, make another (`Fused`
         does).
-    Raises: BackendError when a backend asked for by name cannot run.
+    Raises: BackendError when a backend asked for by name cannot run; UnsupportedError where hooks hide a layer given.
     """
-    return build(module, backend, pack)
+    return build(module, backend, pack, given)
 
 
 class Fused:

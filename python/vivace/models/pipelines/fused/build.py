@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 
+from vivace.errors import UnsupportedError
 from vivace.models.pipelines.fused import attention, blocks, linears, norms, processor, video
 from vivace.models.pipelines.fused.ops import DTYPES, Ops, class_of, norm_problem, ready
 from vivace.models.pipelines.fused.pattern import Pattern
@@ -20,11 +22,21 @@ PATTERNS = {**norms.PATTERNS, **blocks.PATTERNS, **video.PATTERNS}
 GELU = "torch.nn.modules.activation.GELU"
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a walk is handed: stand-ins of linear layers by path and how they run, and packs that earlier walks made."""
+
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    replaced: tuple[Replaced, ...] = ()
+    packs: dict[int, Any] = field(default_factory=dict)
+
+
 class Builder:
     """One walk: the pieces replaced and left so far, the ops, and modules already made (a module may be shared)."""
 
-    def __init__(self, ops: Ops, pack: bool = False) -> None:
+    def __init__(self, ops: Ops, pack: bool = False, given: Given | None = None) -> None:
         self.ops, self.pack, self.tables = ops, pack, processor.Tables()
+        self.given = given or Given()
         self.counts: Counter[str] = Counter()
         self.left: list[Left] = []
         self.made: dict[int, Any] = {}
@@ -33,7 +45,7 @@ class Builder:
         choices = self.ops.choices
         counted = sorted(self.counts.items())
         replaced = (Replaced(op, count, choices[op].backend, choices[op].reason) for op, count in counted)
-        return FusedReport(tuple(replaced), tuple(self.left))
+        return FusedReport((*replaced, *self.given.replaced), tuple(self.left))
 
     def make(self, name: str, module: Any) -> Any:
         """The stand-in of `module`, or the module itself when nothing in it is replaced."""
@@ -42,7 +54,12 @@ class Builder:
         return self.made[id(module)]
 
     def _make(self, name: str, module: Any) -> Any:
+        if name in self.given.layers:
+            return self.given.layers[name]
         if (reason := rewritten(module)) is not None:
+            hidden = [path for path in self.given.layers if path.startswith(f"{name}." if name else "")]
+            if hidden:
+                raise UnsupportedError(f"{hidden[0]}: it cannot run in another precision: {reason}")
             if any(True for _ in module.children()) or class_of(module) in PATTERNS:
                 self._leave(name, module, reason)
             return module
@@ -73,7 +90,9 @@ class Builder:
             self._leave(name, module, reason)
             return module
         self.counts["linear"] += 1
-        return linears.packed(module)
+        if id(module) not in self.given.packs:
+            self.given.packs[id(module)] = linears.packed(module)
+        return self.given.packs[id(module)]
 
     def _leave(self, name: str, module: Any, reason: str) -> None:
         self.left.append(Left(name, type(module).__name__, reason))
@@ -195,7 +214,7 @@ def structure(module: Any) -> tuple[Any, ...]:
     return None if first is None else first.device.type, *found
 
 
-def build(module: Any, backend: str | None, pack: bool = False) -> tuple[Any, FusedReport]:
+def build(module: Any, backend: str | None, pack: bool = False, given: Given | None = None) -> tuple[Any, FusedReport]:
     """The stand-in of `module` and the report; the module itself when its dtype or place rules our ops out."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     kind = type(module).__name__
@@ -207,5 +226,5 @@ def build(module: Any, backend: str | None, pack: bool = False) -> tuple[Any, Fu
     if module.training:
         return module, FusedReport(left=(Left("", kind, "training mode; call eval()"),))
     ops = Ops(parameter.dtype, parameter.device, backend)
-    builder = Builder(ops, pack and parameter.device.type == "cpu" and "linear" in ops.choices)
+    builder = Builder(ops, pack and parameter.device.type == "cpu" and "linear" in ops.choices, given)
     return builder.make("", module), builder.report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ def packed(module: Any) -> Any:
         plain: Tensor = module(x)
         return plain
 
+    return standing(module, forward)
+
+
+def packed_as(module: Any, dtype: torch.dtype) -> Any:
+    """A stand-in of the linear layer `module` that multiplies in another dtype and returns the dtype of its input."""
+    weight, bias = pack_weight(module.weight.to(dtype)), None if module.bias is None else module.bias.float()
+
+    def forward(x: Tensor) -> Tensor:
+        return linear(x.to(dtype).contiguous(), weight, bias, out_dtype=x.dtype)
+
+    return standing(module, forward)
+
+
+def standing(module: Any, forward: Callable[..., Tensor]) -> Any:
+    """A copy of `module` that shares all it has but its forward."""
     stand_in = fork(module)
     stand_in.__dict__["forward"] = forward
     return stand_in
