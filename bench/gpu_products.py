@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -161,10 +162,9 @@ def torchao_int8(layer: Layer) -> tuple[Callable[[], Any] | None, str | None]:
     if (reason := absent("torchao")) is not None:
         return None, reason
     try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
+        quantization = import_module("torchao.quantization")
         module = torch.nn.Linear(layer.depth, layer.columns, device=device.PLACE, dtype=torch.bfloat16)
-        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        quantization.quantize_(module, quantization.Int8DynamicActivationInt8WeightConfig())
         return compiled_peer(module, (layer.hidden,))
     except (ImportError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"

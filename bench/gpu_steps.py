@@ -45,9 +45,11 @@ def steps(out: Path, python: str, wheels: Path, train: bool) -> tuple[Step, ...]
         Step("build", 150, (python, "setup.py", "-q", "build_ext", "--inplace"), None),
         Step("doctor", 40, (*vivace, "doctor", "--json")),
         Step("tests", 150, (python, *tests, *parallel(python), "tests/kernels")),
-        Step("tune", 60, (python, "-m", "vivace.bench.tune", str(out / "tune.json"))),
+        Step("tune", 110, (python, "-m", "vivace.bench.tune", str(out / "tune.json"))),
+        Step("products", 120, (python, "-m", "vivace.bench.on_gpu", "products", str(out / "products.json"))),
         Step("kernels", 130, (*vivace, "bench", "kernels", "--quick", "--out", str(out))),
-        Step("denoiser", 150, (python, "-m", "vivace.bench.on_gpu", "denoiser", str(out / "denoiser.json"))),
+        Step("denoiser", 180, (python, "-m", "vivace.bench.on_gpu", "denoiser", str(out / "denoiser.json"))),
+        Step("large", 180, (python, "-m", "vivace.bench.on_gpu", "large", str(out / "large.json"))),
         Step("e2e", 80, (python, "-m", "vivace.bench.on_gpu", "e2e", str(out / "e2e.json"))),
         Step("generate", 40, (*vivace, "generate", "red heart", "--n", "4", "--out", str(out / "heart.png"))),
         Step(

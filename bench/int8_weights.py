@@ -1,4 +1,4 @@
-"""INT8 weights of the benches' models, calibrated once and kept."""
+"""INT8 weights of the benches' models, made once and kept: calibrated for a trained model, else rounded to nearest."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from vivace.bench.models import BenchModel
 
 FORMAT = 1  # raise it when calibration or weights change
 WEIGHTS = "weights.safetensors"
-SAMPLES = {"emoji": 256}  # points of trajectories; random weights need few
-FEW = 8
 
 
 def int8_weights(model: BenchModel) -> Artefact:
-    """A weights file by the default recipe: smoothed, activations by token."""
-    samples = SAMPLES.get(model.name, FEW)
-    key = {"format": FORMAT, "fingerprint": model.opened.fingerprint, "samples": samples}
+    """A weights file, activations by token. Random weights have no trajectory worth calibrating on."""
+    trained = model.sizes is None
+    key = {"format": FORMAT, "fingerprint": model.opened.fingerprint, "calibrated": trained}
 
     def make(place: Path) -> None:
         from vivace.models.quantized.calibrate import calibrate_quantization
+        from vivace.models.quantized.plain import round_layers
         from vivace.models.quantized.quantize import quantize_layers
 
         pipe = vivace.load(str(model.folder))
-        table = calibrate_quantization(pipe, pipe.choose_plan(None, None, None, None), samples=samples)
-        quantize_layers(pipe, table).save(place / WEIGHTS)
+        if trained:
+            table = calibrate_quantization(pipe, pipe.choose_plan(None, None, None, None))
+            weights = quantize_layers(pipe, table)
+        else:
+            weights = round_layers(pipe)
+        weights.save(place / WEIGHTS)
 
     return Artefact(f"int8-{model.short}", key, make)

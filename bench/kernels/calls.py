@@ -115,7 +115,7 @@ def check(problem: Problem, backend: str = CPU) -> dict[str, Any]:
     ours, eager = problem.ours(*problem.inputs, backend=backend), tensors(problem.eager(*problem.inputs))
     errors, peers = [], []
     for mine, theirs, truth in zip(ours, eager, exact, strict=True):
-        holds, error, bound = within_tolerance(mine, theirs, truth)
+        holds, error, bound = within_tolerance(mine, theirs, truth, absolute=problem.spec.tolerance)
         if not holds:
             raise BackendError(f"bench {name}: error {error:.3g} of {backend} exceeds {bound:.3g}; nothing was timed")
         errors.append(error)

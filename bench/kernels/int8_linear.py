@@ -1,6 +1,8 @@
 """`int8_linear`: the linears of DiT blocks against what torch runs for quantized modules.
 
-Floor: bytes read and written once, at copy bandwidth; where the product is bound by arithmetic, TFLOP/s say more.
+Floor: bytes read and written once, at copy bandwidth; where the product is bound by arithmetic, TFLOP/s say more. On a
+processor rows of `bench.int8_linears` follow: all of a linear in one call against bare products, over the rate of dot
+products.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vivace.bench import device, int8_linears
 from vivace.bench.harness import Claim
 from vivace.bench.kernels import calls
 from vivace.kernels.int8_linear import SPEC
@@ -54,4 +57,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
         options = {"activation": activation}
         problem = calls.Problem(SPEC, case, inputs(count, columns, depth), partial(eager, **options), options)
         found += calls.rows(problem, quick)
+    if not device.present():
+        shapes = int8_linears.all_shapes(quick, torch.get_num_threads(), (512,) if quick else int8_linears.ROWS)
+        found += [row for one in shapes.values() for row in one.rows]
     return found

@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from vivace.bench.harness import Claim
-from vivace.bench.kernels import calls
-from vivace.bench.kernels.quantize_tokens import eager as integers
-from vivace.bench.kernels.rows import QUICK, SHAPES, hidden_and_vectors
+from vivace.bench.kernels import calls, quantize_tokens
+from vivace.bench.kernels.rows import hidden_and_vectors
 from vivace.kernels.int8_norm_modulate import SPEC
 
 DTYPES = (torch.float32, torch.bfloat16)
+QUICK, SHAPES = quantize_tokens.QUICK, quantize_tokens.SHAPES
 EPS = 1e-6
 CLAIMS: dict[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {}
 
 
 def eager(hidden: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """As quantized blocks write it: three passes of the norm, then those of the integers."""
-    return integers(layer_norm(hidden, hidden.shape[-1:], eps=EPS) * (1 + scale) + shift)
+    return quantize_tokens.eager(layer_norm(hidden, hidden.shape[-1:], eps=EPS) * (1 + scale) + shift)
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:

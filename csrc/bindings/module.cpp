@@ -225,8 +225,11 @@ void py_int8_norm_modulate(Address q, Address q_scale, const RowTensor& hidden, 
 // A packed weight: address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8.
 using PackedNumbers = std::array<int64_t, 5>;
 
+// A code that is no dtype stays none, and is refused by who takes it.
+Dtype dtype_of(int64_t code) { return code == static_cast<int8_t>(code) ? static_cast<Dtype>(code) : Dtype{-1}; }
+
 PackedMatrix packed(const PackedNumbers& n) {
-  const PackedMatrix matrix{pointer<void>(n[0]), n[2], n[3], static_cast<Dtype>(n[4])};
+  const PackedMatrix matrix{pointer<void>(n[0]), n[2], n[3], dtype_of(n[4])};
   const int64_t needed = packed_bytes(matrix.columns, matrix.depth, matrix.dtype);
   if (n[1] < needed) fail("a packed weight has ", n[1], " bytes, needs ", needed);
   if (n[0] % 64 != 0) fail("a packed weight lies at ", n[0], ", needs a multiple of 64");
@@ -259,12 +262,12 @@ void py_linear(const RowTensor& out, const RowTensor& x, const PackedNumbers& we
          threads);
 }
 
-// x: address, strides of sample and token; x_scale, weight_scale: addresses.
-void py_int8_linear(const RowTensor& out, const std::array<int64_t, 3>& x, Address x_scale, const PackedNumbers& weight,
-                    Address weight_scale, Address bias, int64_t activation, const RowTensor& gate,
-                    const RowTensor& residual, const Sizes& sizes, int64_t threads) {
+// x: address, 0 float32 | 1 bfloat16 | 3 int8, strides of sample and token; scales, smooth: addresses, 0 where absent.
+void py_int8_linear(const RowTensor& out, const std::array<int64_t, 4>& x, Address x_scale, Address smooth,
+                    const PackedNumbers& weight, Address weight_scale, Address bias, int64_t activation,
+                    const RowTensor& gate, const RowTensor& residual, const Sizes& sizes, int64_t threads) {
   const py::gil_scoped_release unlocked;
-  int8_linear({{pointer<void>(x[0]), Dtype::kInt8, x[1], x[2]},
+  int8_linear({{pointer<void>(x[0]), dtype_of(x[1]), x[2], x[3]},
                pointer<float>(x_scale),
                packed(weight),
                pointer<float>(weight_scale),
@@ -273,7 +276,8 @@ void py_int8_linear(const RowTensor& out, const std::array<int64_t, 3>& x, Addre
                gate,
                residual,
                out,
-               {sizes[0], sizes[1], sizes[2]}},
+               {sizes[0], sizes[1], sizes[2]},
+               pointer<float>(smooth)},
               threads);
 }
 
@@ -360,10 +364,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear", &py_linear);
   module.def("run_products", [](int64_t dtype, int64_t steps, int64_t threads) {
     const py::gil_scoped_release unlocked;
-    return run_products(static_cast<Dtype>(dtype), steps, threads);
+    return run_products(dtype_of(dtype), steps, threads);
   });
   module.def("packed_bytes", [](int64_t columns, int64_t depth, int64_t dtype) {
-    return packed_bytes(columns, depth, static_cast<Dtype>(dtype));
+    return packed_bytes(columns, depth, dtype_of(dtype));
   });
   module.def("pack_matrix", &py_pack_matrix);
   module.def("qk_norm_rope", &py_qk_norm_rope);

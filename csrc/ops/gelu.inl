@@ -50,7 +50,18 @@ VV_INLINE void horner(const float (&c)[kTerms], const F x[N], F y[N]) {
 }
 
 // y = 2^t. t is split into the nearest integer, which adding 1.5 * 2^23 leaves in the lowest bits, and a rest. At
-// t = 128 the rest is 0, so the exponent becomes that of infinity and the fraction stays 0.
+// t = 128 the rest is 0, so the exponent becomes that of infinity and the fraction stays 0. Below 2^-126 it is 2^-126
+// or less, which 1 + 2^t does not show.
+#if VV_ISA == VV_AVX512_BF16
+template <int N, typename T>
+VV_INLINE void exp2(const F t[N], F y[N]) {
+  constexpr int kNearest = 8;
+  F r[N];
+  for (int u = 0; u < N; ++u) r[u] = {_mm512_reduce_ps(t[u].x, kNearest)};
+  horner<N>(GeluTerms<T>::kExp2, r, y);
+  for (int u = 0; u < N; ++u) y[u] = {_mm512_scalef_ps(y[u].x, _mm512_roundscale_ps(t[u].x, kNearest))};
+}
+#else
 template <int N, typename T>
 VV_INLINE void exp2(const F t[N], F y[N]) {
   const F magic = set1(0x1.8p+23f);
@@ -63,6 +74,7 @@ VV_INLINE void exp2(const F t[N], F y[N]) {
   horner<N>(GeluTerms<T>::kExp2, r, y);
   for (int u = 0; u < N; ++u) y[u] = from_bits(bits(y[u]) + shift_left<23>(bits(shifted[u])));
 }
+#endif
 
 template <int N, typename T>
 VV_INLINE void gelu_by_tanh(const F x[N], F y[N]) {

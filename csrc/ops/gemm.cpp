@@ -59,7 +59,7 @@ int64_t packed_bytes(int64_t columns, int64_t depth, Dtype dtype) {
   if (dtype == Dtype::kFloat32) return panels_of(columns) * kPanel * depth * 4;
   if (dtype == Dtype::kBfloat16) return panels_of(columns) * kPanel * ((depth + 1) / 2) * 4;
   if (dtype == Dtype::kInt8) return panels_of(columns) * kPanel * ((depth + 3) / 4 + 1) * 4;
-  fail("pack_matrix: the dtype is none of float32, bfloat16 and int8");
+  fail("pack_matrix: dtype ", static_cast<int32_t>(dtype), " is none of float32, bfloat16 and int8");
 }
 
 void pack_matrix(void* dst, const void* src, int64_t columns, int64_t depth, int64_t row_stride, Dtype dtype,
@@ -72,7 +72,8 @@ void pack_matrix(void* dst, const void* src, int64_t columns, int64_t depth, int
 }
 
 int64_t run_products(Dtype dtype, int64_t steps, int64_t threads) {
-  if (dtype == Dtype::kFloat16) fail("run_products: there are no products of float16");
+  if (dtype != Dtype::kFloat32 && dtype != Dtype::kBfloat16 && dtype != Dtype::kInt8)
+    fail("run_products: dtype ", static_cast<int32_t>(dtype), " is none of float32, bfloat16 and int8");
   if (steps < 0 || steps > int64_t{1} << 30) fail("run_products: ", steps, " steps; needs 0 to 2^30");
   const int workers = threads_for(steps << 24, threads);
   parallel_for(workers, steps * workers, [&](int64_t) {

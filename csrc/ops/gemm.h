@@ -8,7 +8,7 @@
 namespace vivace {
 
 constexpr int64_t kPanel = 64;                            // columns of a panel
-constexpr int64_t kProductOperations = int64_t{1} << 21;  // of one call of Kernels::products
+constexpr int64_t kProductOperations = int64_t{3} << 20;  // of one call of Kernels::products: whole steps of all sets
 
 // A linear's weight [columns, depth] as panels of 64 columns, the last one padded with zeros: float32
 // [panels][depth][64], bfloat16 [panels][ceil(depth / 2)][64][2], int8 [panels][ceil(depth / 4)][64][4] and then the
@@ -19,7 +19,7 @@ struct PackedMatrix {
   Dtype dtype;  // float32, bfloat16 or int8
 };
 
-// Throws for sizes that fit no memory and for other dtypes.
+// Throws for sizes that fit no memory and for other dtypes, unknown codes among them.
 int64_t packed_bytes(int64_t columns, int64_t depth, Dtype dtype);
 
 // Element (n, k) of the source is src[n * row_stride + k].

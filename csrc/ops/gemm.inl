@@ -33,9 +33,8 @@ struct Product {
 // Asks for one line of `next` a step; where there is none, for one that is there.
 class Ahead {
  public:
-  template <typename T>
-  explicit Ahead(const Product<T>& p)
-      : at_(p.next == nullptr ? reinterpret_cast<const char*>(p.b) : p.next), line_(p.next == nullptr ? 0 : 64) {}
+  Ahead(const char* next, const void* there)
+      : at_(next == nullptr ? static_cast<const char*>(there) : next), line_(next == nullptr ? 0 : 64) {}
   void step() {
     __builtin_prefetch(at_);
     at_ += line_;
@@ -79,7 +78,7 @@ static void micro_kernel(const Product<float>& p) {
   }
   const float *a = p.a, *b = p.b;
   const int64_t stride = p.a_stride, pitch = p.pitch;
-  Ahead ahead(p);
+  Ahead ahead(p.next, p.b);
   for (int64_t k = 0; k < p.depth; ++k, b += pitch) {
     ahead.step();
     add_products(sum, [&](int i) { return set1(a[i * stride + k]); }, [&](int j) { return load(b + j * kLanes); });
@@ -128,7 +127,7 @@ static void micro_kernel(const Product<uint16_t>& p) {
   }
   const uint16_t *a = p.a, *b = p.b;
   const int64_t stride = p.a_stride, step = 2 * p.pitch;
-  Ahead ahead(p);
+  Ahead ahead(p.next, p.b);
   int64_t k = 0;
   for (; k + 1 < p.depth; k += 2, b += step) {
     ahead.step();

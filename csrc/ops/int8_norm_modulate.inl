@@ -51,7 +51,8 @@ static void int8_norm_rows_of(const Int8NormModulateArgs& args, int64_t sample, 
       most = max(most, magnitude(load_at(scratch)));  // not of y, which may have lanes beyond the row
     });
     now = sums(token + 1);
-    write_integers(PlainRow<float>{scratch}, width, max_lanes(most), given, q, scale);
+    write_integers(PlainRow<float>{scratch}, static_cast<const float*>(nullptr), width, max_lanes(most), given, q,
+                   scale);
   }
 }
 

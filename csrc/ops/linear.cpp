@@ -5,7 +5,8 @@
 
 #include "core/error.h"
 #include "core/float_mode.h"
-#include "core/thread_pool.h"
+#include "core/team.h"
+#include "ops/one_sample.h"
 #include "simd/cpu.h"
 
 namespace vivace {
@@ -71,13 +72,17 @@ bool check_linear(const LinearArgs& args) {
   return true;
 }
 
-void linear(const LinearArgs& args, int64_t threads) {
-  if (!check_linear(args)) return;
+void linear(const LinearArgs& call, int64_t threads) {
+  if (!check_linear(call)) return;
+  const LinearArgs args = as_one_sample(call);
   const auto [batch, tokens, width] = args.shape;
   const int64_t flops = 2 * batch * tokens * width * args.weight.columns;
-  parallel_for(threads_for(flops / kFlopsPerByte, threads), linear_tasks(args), [&](int64_t task) {
-    const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(linear_scratch(args))]);  // not initialised
-    linear_task(args, task, scratch.get());
+  const int members = threads_for(flops / kFlopsPerByte, threads);
+  const int64_t each = linear_scratch(args);
+  const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(each * members)]);  // not initialised
+  run_team(members, [&](Member& member) {
+    float* own = scratch.get() + each * member.number();
+    member.stage(linear_tasks(args), [&](int64_t task) { linear_task(args, task, own); });
   });
 }
 

@@ -27,19 +27,40 @@ VV_INLINE void activate(const F x[N], F y[N]) {
   if (kActivation == Activation::kSilu) silu_vectors<N, T>(x, y);
 }
 
-// What happens to the sums of a row on their way out: 64 columns.
-template <Activation kActivation, typename T>
-VV_INLINE void finish_panel(const float* sums, const float* bias, const float* gate, const T* residual, T* out) {
+// A block of a row.
+template <typename T>
+VV_INLINE void store_block_of(T* out, const F y[kVectors]) {
+  for (int u = 0; u < kVectors; ++u) store_row(out + u * kLanes, y[u]);
+}
+
+#if VV_ISA == VV_AVX512_BF16
+// The instruction flushes subnormal numbers: it is for blocks without one.
+VV_INLINE void store_block_of(uint16_t* out, const F y[kVectors]) {
+  constexpr int kSubnormal = 0x20;
+  __mmask16 any = 0;
+  for (int u = 0; u < kVectors; ++u) any |= _mm512_fpclass_ps_mask(y[u].x, kSubnormal);
+  if (__builtin_expect(any != 0, 0)) return store_block_of<uint16_t>(out, y);
+  for (int u = 0; u < kVectors; u += 2) {
+    const __m512bh pair = _mm512_cvtne2ps_pbh(y[u + 1].x, y[u].x);
+    _mm512_storeu_si512(out + u * kLanes, reinterpret_cast<__m512i>(pair));
+  }
+}
+#endif
+
+// What happens to a row on its way out: 64 columns. sum(i): the vector at column i, bias added.
+template <Activation kActivation, typename T, typename Sum>
+VV_INLINE void finish_panel(const Sum& sum, const float* gate, const T* residual, T* out) {
   for (int i = 0; i < kPanel; i += kBlock) {
     F x[kVectors], y[kVectors];
-    for (int u = 0; u < kVectors; ++u) x[u] = load(sums + i + u * kLanes) + load(bias + i + u * kLanes);
+    for (int u = 0; u < kVectors; ++u) x[u] = sum(i + u * kLanes);
     activate<kActivation, kVectors, T>(x, y);
-    for (int u = 0; u < kVectors; ++u) {
-      const int at = i + u * kLanes;
-      if (gate != nullptr) y[u] = y[u] * load(gate + at);
-      if (residual != nullptr) y[u] = load_row(residual + at) + y[u];
-      store_row(out + at, y[u]);
+    if (gate != nullptr) {
+      for (int u = 0; u < kVectors; ++u) y[u] = y[u] * load(gate + i + u * kLanes);
     }
+    if (residual != nullptr) {
+      for (int u = 0; u < kVectors; ++u) y[u] = load_row(residual + i + u * kLanes) + y[u];
+    }
+    store_block_of(out + i, y);
   }
 }
 
@@ -60,47 +81,70 @@ VV_INLINE T* place_in(const RowTensor& tensor, int64_t sample, int64_t token, in
   return tensor.data == nullptr ? nullptr : row_of<T>(tensor, sample, token) + column;
 }
 
-// `sums`: [rows, 64]. Args: of a linear.
-template <Activation kActivation, typename T, typename Args>
-static void finish_tile(const Args& args, const Tile& tile, const float* sums) {
-  float bias[kPanel] = {}, gate_part[kPanel] = {};
+constexpr int64_t kAskedRows = 16;  // of the result, ahead of the one that is written
+
+template <typename T>
+VV_INLINE void ask_for_panel(const T* row) {
+  for (int i = 0; i < kPanel; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + i, 1);
+}
+
+VV_INLINE int64_t step_of(const RowTensor& tensor) { return tensor.data == nullptr ? 0 : tensor.token_stride; }
+
+// Rows [begin, end) of a tile, all of one sample, the first one being its token `token`. The results of a panel are
+// far from each other in memory: lines are asked for some rows ahead.
+template <Activation kActivation, typename T, typename Args, typename Sum>
+VV_INLINE void finish_rows(const Args& args, const Tile& tile, const Sum& sum, int64_t begin, int64_t end,
+                           int64_t sample, int64_t token) {
+  float gate_part[kPanel] = {};
   T residual_part[kPanel] = {}, out_part[kPanel];
-  if (args.bias != nullptr) part_of(args.bias + tile.column, tile.columns, bias);
-  int64_t sample = tile.row / args.shape.tokens, token = tile.row % args.shape.tokens;
-  for (int64_t i = 0; i < tile.rows; ++i, sums += kPanel) {
-    const float* gate = place_in<const float>(args.gate, sample, token, tile.column);
-    const T* residual = place_in<const T>(args.residual, sample, token, tile.column);
-    T* out = place_in<T>(args.out, sample, token, tile.column);
+  const int64_t gate_step = step_of(args.gate), residual_step = step_of(args.residual), step = args.out.token_stride;
+  const float* gate = place_in<const float>(args.gate, sample, token, tile.column);
+  const T* residual = place_in<const T>(args.residual, sample, token, tile.column);
+  T* out = place_in<T>(args.out, sample, token, tile.column);
+  for (int64_t i = 0; i < kAskedRows && i < end - begin; ++i) ask_for_panel(out + i * step);
+  for (int64_t n = begin; n < end; ++n, gate += gate_step, residual += residual_step, out += step) {
+    const auto row = [&sum, n](int i) { return sum(n, i); };
+    if (n + kAskedRows < end) ask_for_panel(out + kAskedRows * step);
     if (tile.columns == kPanel) {
-      finish_panel<kActivation>(sums, bias, gate, residual, out);
+      finish_panel<kActivation>(row, gate, residual, out);
     } else {
-      gate = part_of(gate, tile.columns, gate_part);
-      residual = part_of(residual, tile.columns, residual_part);
-      finish_panel<kActivation>(sums, bias, gate, residual, out_part);
+      const float* gates = part_of(gate, tile.columns, gate_part);
+      const T* residuals = part_of(residual, tile.columns, residual_part);
+      finish_panel<kActivation>(row, gates, residuals, out_part);
       memcpy(out, out_part, static_cast<size_t>(tile.columns) * sizeof(T));
     }
-    if (++token == args.shape.tokens) token = 0, ++sample;
   }
 }
 
-template <typename T, typename Args>
-static void finish_tile_of(const Args& args, const Tile& tile, const float* sums) {
+// sum(row, i): of a row of the tile, as finish_panel takes it. Args: of a linear.
+template <Activation kActivation, typename T, typename Args, typename Sum>
+static void finish_tile(const Args& args, const Tile& tile, const Sum& sum) {
+  int64_t sample = tile.row / args.shape.tokens, token = tile.row % args.shape.tokens;
+  for (int64_t n = 0; n < tile.rows; ++sample, token = 0) {
+    const int64_t left = args.shape.tokens - token, end = n + left < tile.rows ? n + left : tile.rows;
+    finish_rows<kActivation, T>(args, tile, sum, n, end, sample, token);
+    n = end;
+  }
+}
+
+template <typename T, typename Args, typename Sum>
+static void finish_tile_of(const Args& args, const Tile& tile, const Sum& sum) {
   switch (args.activation) {
     case Activation::kGelu:
-      return finish_tile<Activation::kGelu, T>(args, tile, sums);
+      return finish_tile<Activation::kGelu, T>(args, tile, sum);
     case Activation::kGeluTanh:
-      return finish_tile<Activation::kGeluTanh, T>(args, tile, sums);
+      return finish_tile<Activation::kGeluTanh, T>(args, tile, sum);
     case Activation::kSilu:
-      return finish_tile<Activation::kSilu, T>(args, tile, sums);
+      return finish_tile<Activation::kSilu, T>(args, tile, sum);
     default:
-      return finish_tile<Activation::kNone, T>(args, tile, sums);
+      return finish_tile<Activation::kNone, T>(args, tile, sum);
   }
 }
 
-template <typename Args>
-VV_INLINE void finish(const Args& args, const Tile& tile, const float* sums) {
-  args.out.dtype == Dtype::kFloat32 ? finish_tile_of<float>(args, tile, sums)
-                                    : finish_tile_of<uint16_t>(args, tile, sums);
+template <typename Args, typename Sum>
+VV_INLINE void finish(const Args& args, const Tile& tile, const Sum& sum) {
+  args.out.dtype == Dtype::kFloat32 ? finish_tile_of<float>(args, tile, sum)
+                                    : finish_tile_of<uint16_t>(args, tile, sum);
 }
 
 // Depth of the blocks whose sums are added in a second level.
@@ -143,7 +187,9 @@ static void linear_task(const LinearArgs& args, int64_t task, float* scratch) {
   float* sums = aligned<float>(scratch);
   args.weight.dtype == Dtype::kFloat32 ? multiply_tile<float>(args, split, tile, sums)
                                        : multiply_tile<uint16_t>(args, split, tile, sums);
-  finish(args, tile, sums);
+  float bias[kPanel] = {};
+  part_of(args.bias == nullptr ? nullptr : args.bias + tile.column, tile.columns, bias);
+  finish(args, tile, [&](int64_t row, int i) { return load(sums + row * kPanel + i) + load(bias + i); });
 }
 
 }  // namespace vivace::VV_NAMESPACE

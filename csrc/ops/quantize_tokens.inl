@@ -46,14 +46,13 @@ VV_INLINE void ask_for(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
 }
 
-// The bits of the largest |x| of a row; asks for the row at `next`, if there is one.
-template <typename Row, typename T>
-VV_INLINE uint32_t largest_bits(const Row& row, const T* next, int64_t width) {
+// The bits of the largest |x| of a row.
+template <typename Row>
+VV_INLINE uint32_t largest_bits(const Row& row, int64_t width) {
   constexpr int kStep = 4 * kLanes;
   U most[4] = {set1u(0), set1u(0), set1u(0), set1u(0)};
   int64_t i = 0;
   for (; i + kStep <= width; i += kStep) {
-    if (next != nullptr) ask_for(next + i, kStep);
     for (int u = 0; u < 4; ++u)
       most[u] = max(most[u], magnitude(row([&](const auto* p) { return load_row(p + i + u * kLanes); })));
   }
@@ -64,7 +63,7 @@ VV_INLINE uint32_t largest_bits(const Row& row, const T* next, int64_t width) {
 }
 
 // Of bfloat16, two at a time: a shift drops what lies before one of them, what lies behind decides between equals.
-VV_INLINE uint32_t largest_bits(const PlainRow<uint16_t>& row, const uint16_t* next, int64_t width) {
+VV_INLINE uint32_t largest_bits(const PlainRow<uint16_t>& row, int64_t width) {
   constexpr int kStep = 2 * kLanes;
   U odd = set1u(0), even = set1u(0);
   const auto add = [&](const uint16_t* p) {
@@ -73,7 +72,6 @@ VV_INLINE uint32_t largest_bits(const PlainRow<uint16_t>& row, const uint16_t* n
   };
   int64_t i = 0;
   for (; i + kStep <= width; i += kStep) {
-    if (next != nullptr) ask_for(next + i, kStep);
     add(row.x + i);
   }
   uint16_t rest[kStep] = {};
@@ -102,9 +100,21 @@ VV_INLINE F quotient(F x, const RowDivisor& divisor) {
   return kCut ? clamp(y, set1(-kMostInt8), set1(kMostInt8)) : y;
 }
 
-template <bool kDivide, bool kCut, typename Row>
-VV_INLINE void write_quotients(const Row& row, int64_t width, const RowDivisor& divisor, int8_t* q) {
-  each_vector(width, [&](auto load_at, auto store_at) { store_at(q, quotient<kDivide, kCut>(row(load_at), divisor)); });
+// Asks for the row at `next`, if there is one.
+template <bool kDivide, bool kCut, typename Row, typename T>
+VV_INLINE void write_quotients(const Row& row, const T* next, int64_t width, const RowDivisor& divisor, int8_t* q) {
+  constexpr int kStep = 4 * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep) {
+    if (next != nullptr) ask_for(next + i, kStep);
+    for (int u = 0; u < 4; ++u) {
+      const F x = row([&](const auto* p) { return load_row(p + i + u * kLanes); });
+      store_row(q + i + u * kLanes, quotient<kDivide, kCut>(x, divisor));
+    }
+  }
+  each_vector(width - i, [&](auto load_at, auto store_at) {
+    store_at(q + i, quotient<kDivide, kCut>(row([&](const auto* p) { return load_at(p + i); }), divisor));
+  });
 }
 
 // A row with NaN or infinity.
@@ -114,8 +124,9 @@ VV_INLINE void write_nothing(int64_t width, int8_t* q, float* scale) {
 }
 
 // The integers and the scale of a row whose largest |x| has these bits; given: its scale, or not above 0.
-template <typename Row>
-VV_INLINE void write_integers(const Row& row, int64_t width, uint32_t most, float given, int8_t* q, float* scale) {
+template <typename Row, typename T>
+VV_INLINE void write_integers(const Row& row, const T* next, int64_t width, uint32_t most, float given, int8_t* q,
+                              float* scale) {
   if (most >= kInfinity) return write_nothing(width, q, scale);
   float largest;
   memcpy(&largest, &most, 4);
@@ -123,9 +134,9 @@ VV_INLINE void write_integers(const Row& row, int64_t width, uint32_t most, floa
   const RowDivisor divisor = divisor_of(given > 0.0f ? given : own == 0.0f ? 1.0f : own, largest);
   *scale = divisor.step;
   if (divisor.divide || given > 0.0f) {
-    write_quotients<true, true>(row, width, divisor, q);
+    write_quotients<true, true>(row, next, width, divisor, q);
   } else {
-    write_quotients<false, false>(row, width, divisor, q);
+    write_quotients<false, false>(row, next, width, divisor, q);
   }
 }
 
@@ -165,15 +176,13 @@ VV_INLINE void quantize_rows_of(const QuantizeTokensArgs& args, int64_t sample, 
     return;
   }
   const bool ahead = width * static_cast<int64_t>(sizeof(T)) <= kAheadBytes;
-  const auto largest = [&](int64_t token) {
-    const T* next = ahead && token + 1 < end ? at(token + 1) : nullptr;
-    return token < end ? largest_bits(make_row(at(token)), next, width) : 0;
-  };
+  const auto largest = [&](int64_t token) { return token < end ? largest_bits(make_row(at(token)), width) : 0; };
   uint32_t most = largest(begin);
   for (int64_t token = begin; token < end; ++token) {
     const uint32_t next = largest(token + 1);
     const int64_t row = first + token;
-    write_integers(make_row(at(token)), width, most, given, args.q + row * width, args.scale + row);
+    write_integers(make_row(at(token)), ahead && token + 2 < end ? at(token + 2) : nullptr, width, most, given,
+                   args.q + row * width, args.scale + row);
     most = next;
   }
 }

@@ -16,6 +16,10 @@
 // besides its tasks. So a norm merged into the linear before it could gain no more than that share. Tried in vain:
 // blocks of 24 rows in linears of few tasks (between two runs of the same code lay more), longer and shorter waits
 // between stages (core/spin.h).
+//
+// One thread, ms of processor time in bfloat16 | int8: DiT-B/2 112 | 66, DiT-XL/2 580 | 320. Of the int8 row of DiT-B/2
+// products take 74 %, their epilogues 8 %, attention 15 %, norms 1.3 %, the stages that only quantize 1.5 %: what doing
+// that in the stage before could gain.
 #pragma once
 
 #include <cstdint>

@@ -30,10 +30,10 @@ def fp8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
+    smooth: Tensor | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-    smooth: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -49,12 +49,13 @@ def fp8_linear(
             it is quantized by token first. K >= 1, elements of a row side by side.
         weight: float8_e4m3fn [N, K]; weight_scale: float32 [N]; x_scale: float32 [...], one a row of x, or None: real
             x = x_scale x, as of `fp8_quantize_tokens`.
+        smooth: float32 [K], multiplied with an x that is quantized here; None: 1.
         bias: [N], float32 or the dtype of the result; activation: "none" | "gelu" | "gelu_tanh" | "silu".
         gate: [N], [B, N], [B, tokens, N] or of the result's rank, with 1 for axes that share it; B is the first axis of
             x, tokens the product of those between it and K.
         residual, out: [..., N], dtype of the result; out may be residual.
-        smooth: float32 [K], multiplied with an x that is quantized here; None: 1.
-        out_dtype: float32 | bfloat16 | float16 (float64 with float64 scales); None: that of out, else bfloat16.
+        out_dtype: float32 | bfloat16 | float16 (float64 with float64 scales); None: that of out, else of x where x is
+            quantized here, else bfloat16.
         backend: "reference" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto". There is no C++: fp8 runs on CUDA,
             on GPUs of capability 8.9 or more.
     Returns: [..., N]. No gradients.
@@ -62,7 +63,7 @@ def fp8_linear(
     Source: Micikevicius et al. 2022 (e4m3); DeepSeek-AI 2024, section 3.3.2 (sums of the matrix unit).
     """
     _check_numbers(x, weight, x_scale, weight_scale, smooth)
-    shape, dtype = (*x.shape[:-1], len(weight)), _result_dtype(weight_scale, out, out_dtype)
+    shape, dtype = (*x.shape[:-1], len(weight)), _result_dtype(x, weight_scale, out, out_dtype)
     check_epilogue("fp8_linear", x, shape, dtype, activation, bias, gate, residual, out)
     choice = choose(SPEC, x.device.type, dtype_name(dtype), backend)
     if not x.numel() or not len(weight):
@@ -102,13 +103,14 @@ def _check_numbers(x: Any, weight: Any, x_scale: Any, weight_scale: Any, smooth:
             check_place("fp8_linear", name, tensor, x)
 
 
-def _result_dtype(weight_scale: Any, out: Any, out_dtype: Any) -> Any:
+def _result_dtype(x: Any, weight_scale: Any, out: Any, out_dtype: Any) -> Any:
     """The dtype of the result. Raises DtypeError."""
     import torch
 
     double = weight_scale.dtype == torch.float64
     if out_dtype is None:
-        out_dtype = out.dtype if out is not None else torch.float64 if double else torch.bfloat16
+        own = torch.bfloat16 if dtype_name(x.dtype) == FORMAT else x.dtype
+        out_dtype = out.dtype if out is not None else torch.float64 if double else own
     name = dtype_name(out_dtype)
     if name not in RESULTS or (name == "float64") != double:
         needs = "float64 of float64 scales" if double else "float32, bfloat16 or float16 of float32 scales"

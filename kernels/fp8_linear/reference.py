@@ -16,10 +16,10 @@ def fp8_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
+    smooth: Tensor | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-    smooth: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:

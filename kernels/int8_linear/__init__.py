@@ -1,19 +1,24 @@
-"""A linear layer of 8-bit integers: exact sums, scales by token and by channel, and the epilogue of `linear`."""
+"""A linear layer of 8-bit integers: exact sums, scales by token and by channel, and the epilogue of `linear`.
+
+Rows of other numbers are quantized in the same call; on the CPU by the threads that multiply them afterwards.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vivace.errors import DtypeError, ShapeError
+from vivace.errors import ArgumentError, DtypeError, ShapeError
 from vivace.kernels.linear.check import check_epilogue, check_place
+from vivace.kernels.linear.packed import PackedWeight
 from vivace.kernels.norm_modulate.check import dtype_name
-from vivace.kernels.spec import choose, define, load
+from vivace.kernels.quantize_tokens import DTYPES as QUANTIZED
+from vivace.kernels.quantize_tokens import quantize_tokens
+from vivace.kernels.quantize_tokens.check import check_smooth
+from vivace.kernels.spec import TRITON, choose, define, load
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from vivace.kernels.linear.packed import PackedWeight
 
 __all__ = ["int8_linear"]
 
@@ -24,10 +29,11 @@ RESULTS = ("float32", "bfloat16", "float16", "float64")
 def int8_linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
+    smooth: Tensor | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -42,65 +48,94 @@ def int8_linear(
 
     Args:
         x: int8 [..., K], rows anywhere, 1 <= K < 2^17; weight: int8 [N, K]. Elements of a row lie side by side.
+            float32 | bfloat16 | float16 x is quantized first, as `quantize_tokens` does without a scale given.
         x_scale: float32 [...], one a row of x; weight_scale: float32 [N]: real x = x_scale x, `quantize_tokens`.
+            None, and only then, x is not int8.
+        smooth: float32 [K], multiplied with every row of x before it is quantized; not for int8 x.
         bias: [N], float32 or the dtype of the result; activation: "none" | "gelu" | "gelu_tanh" | "silu".
         gate: [N], [B, N], [B, tokens, N] or of the result's rank, with 1 for axes that share it; B is the first axis of
             x, tokens the product of those between it and K.
         residual, out: [..., N], dtype of the result; out may be residual.
-        out_dtype: float32 | bfloat16 | float16 (float64 with float64 scales); None: that of out, else bfloat16.
+        out_dtype: float32 | bfloat16 | float16 (float64 with float64 scales); None: that of out, else of x where x is
+            quantized here, else bfloat16.
         backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
     Returns: [..., N]. No gradients.
     Raises: ShapeError, DtypeError, ArgumentError, BackendError.
     Source: Dettmers et al. 2022, section 2.1 (vector-wise scales); Xiao et al. 2023 (W8A8).
     """
-    _check_integers(x, weight, x_scale, weight_scale)
+    _check_operands(x, weight, x_scale, weight_scale)
+    _check_smooth(x, x_scale, smooth)
     shape = (*x.shape[:-1], len(weight))
-    dtype = _result_dtype(x_scale, out, out_dtype)
+    dtype = _result_dtype(x, weight_scale, out, out_dtype)
     check_epilogue("int8_linear", x, shape, dtype, activation, bias, gate, residual, out)
     choice = choose(SPEC, x.device.type, dtype_name(dtype), backend)
     if not x.numel() or not len(weight):
         return x.new_empty(shape, dtype=dtype) if out is None else out
-    result: Tensor = load(SPEC, choice.backend)(
-        x,
-        weight,
-        x_scale,
-        weight_scale,
-        bias,
-        activation=activation,
-        gate=gate,
-        residual=residual,
-        out=out,
-        out_dtype=dtype,
-    )
+    options: dict[str, Any] = {"activation": activation, "gate": gate, "residual": residual, "out": out}
+    if choice.backend == TRITON:
+        x, x_scale = _on_the_gpu(x, weight, x_scale, smooth)
+    else:
+        options["smooth"] = smooth
+    run = load(SPEC, choice.backend)
+    result: Tensor = run(x, weight, x_scale, weight_scale, bias, **options, out_dtype=dtype)
     return result
 
 
-def _check_integers(x: Any, weight: Any, x_scale: Any, weight_scale: Any) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        if dtype_name(tensor.dtype) != "int8":
-            raise DtypeError(f"int8_linear: {name} is {dtype_name(tensor.dtype)}, needs int8; see quantize_tokens")
+def _on_the_gpu(x: Tensor, weight: Any, x_scale: Tensor | None, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Integers and their scales, which the kernel takes. Raises ArgumentError for a packed weight."""
+    if isinstance(weight, PackedWeight):
+        raise ArgumentError("int8_linear: a packed weight is for the CPU; give the triton backend the Tensor itself")
+    return quantize_tokens(x, smooth=smooth, backend=TRITON) if x_scale is None else (x, x_scale)
+
+
+def _check_smooth(x: Any, x_scale: Any, smooth: Any) -> None:
+    """Raises ShapeError, DtypeError, ArgumentError."""
+    if smooth is None:
+        return
+    if x_scale is not None:
+        raise ArgumentError("int8_linear: smooth is for x that is quantized here, this one is int8 already")
+    check_smooth("int8_linear", smooth, x)
+
+
+def _check_operands(x: Any, weight: Any, x_scale: Any, weight_scale: Any) -> None:
+    """Raises ShapeError, DtypeError, ArgumentError."""
+    if (name := dtype_name(x.dtype)) not in (QUANTIZED if x_scale is None else ("int8",)):
+        raise DtypeError(f"int8_linear: x is {name}, {_needs(name, x_scale)}")
+    if dtype_name(weight.dtype) != "int8":
+        raise DtypeError(f"int8_linear: weight is {dtype_name(weight.dtype)}, needs int8; see quantize_tokens")
     if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[-1]:
         raise ShapeError(
             f"int8_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, need [..., K] and [N, K]"
         )
     if not 1 <= x.shape[-1] <= MOST_DEPTH:
         raise ShapeError(f"int8_linear: K is {x.shape[-1]}, needs 1 to {MOST_DEPTH}, whose sums int32 holds")
+    wide = dtype_name((weight_scale if x_scale is None else x_scale).dtype)
     for name, scale, shape in (("x_scale", x_scale, x.shape[:-1]), ("weight_scale", weight_scale, weight.shape[:1])):
+        if scale is None:
+            continue
         if scale.shape != shape:
             raise ShapeError(f"int8_linear: {name} has shape {tuple(scale.shape)}, needs {tuple(shape)}")
-        if dtype_name(scale.dtype) not in ("float32", "float64") or scale.dtype != x_scale.dtype:
+        if dtype_name(scale.dtype) not in ("float32", "float64") or dtype_name(scale.dtype) != wide:
             raise DtypeError(f"int8_linear: {name} is {dtype_name(scale.dtype)}, needs float32 (or float64, both)")
     for name, tensor in (("x", x), ("weight", weight), ("x_scale", x_scale), ("weight_scale", weight_scale)):
-        check_place("int8_linear", name, tensor, x)
+        if tensor is not None:
+            check_place("int8_linear", name, tensor, x)
 
 
-def _result_dtype(x_scale: Any, out: Any, out_dtype: Any) -> Any:
+def _needs(name: str, x_scale: Any) -> str:
+    if x_scale is not None:
+        return "needs int8 beside an x_scale; without one it is quantized here"
+    return "needs its x_scale" if name == "int8" else f"needs int8, or without an x_scale one of {', '.join(QUANTIZED)}"
+
+
+def _result_dtype(x: Any, weight_scale: Any, out: Any, out_dtype: Any) -> Any:
     """The dtype of the result. Raises DtypeError."""
     import torch
 
-    double = x_scale.dtype == torch.float64
+    double = weight_scale.dtype == torch.float64
     if out_dtype is None:
-        out_dtype = out.dtype if out is not None else torch.float64 if double else torch.bfloat16
+        own = x.dtype if x.is_floating_point() else torch.bfloat16
+        out_dtype = out.dtype if out is not None else torch.float64 if double else own
     name = dtype_name(out_dtype)
     if name not in RESULTS or (name == "float64") != double:
         needs = "float64 of float64 scales" if double else "float32, bfloat16 or float16 of float32 scales"

@@ -16,6 +16,7 @@ def bytes_moved(
     weight_scale: Any,
     bias: Any = None,
     *,
+    smooth: Any = None,
     gate: Any = None,
     residual: Any = None,
     out: Any = None,
@@ -23,10 +24,12 @@ def bytes_moved(
     **_: Any,
 ) -> int:
     """Bytes read and written once: x, weight, scales, vectors, residual, the result. 0 where there is no result."""
-    results = int(x_scale.numel()) * len(weight)
+    results = int(x.numel()) // int(x.shape[-1]) * len(weight)
     dtype = out.dtype if out is not None else out_dtype
+    if dtype is None and x.is_floating_point():
+        dtype = x.dtype
     written = results * (RESULT_BYTES if dtype is None else int(dtype.itemsize))
-    read = (x, weight, x_scale, weight_scale, bias, gate, residual)
+    read = (x, weight, x_scale, weight_scale, bias, smooth, gate, residual)
     return written + sum(nbytes(tensor) for tensor in read if tensor is not None) if results else 0
 
 

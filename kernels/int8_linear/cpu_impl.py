@@ -8,7 +8,8 @@ from torch import Tensor
 from vivace import _C
 from vivace.kernels.gelu.cpu_impl import by_rows
 from vivace.kernels.linear.cpu_impl import ACTIVATION_CODES, Results
-from vivace.kernels.linear.packed import PackedWeight, pack_weight
+from vivace.kernels.linear.packed import CODES, PackedWeight, pack_weight
+from vivace.kernels.norm_modulate.check import dtype_name
 from vivace.kernels.philox_normal.cpu_impl import chosen_isa
 
 
@@ -23,10 +24,11 @@ def why_not(device: str, dtype: str) -> str | None:
 def int8_linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
+    smooth: Tensor | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -37,15 +39,19 @@ def int8_linear(
 
     Uses at most `torch.get_num_threads()` threads of the extension's own pool; the bits do not depend on them.
     """
-    packed, source = weight if isinstance(weight, PackedWeight) else pack_weight(weight), by_rows(x)
+    packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
     if out is None:
         out = x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=out_dtype or torch.bfloat16)
-    to, by_row, by_column = Results(out, bias, gate, residual), x_scale.contiguous(), weight_scale.contiguous()
+    source = by_rows(x.float() if x.dtype == torch.float16 else x)
+    by_row = None if x_scale is None else x_scale.contiguous()
+    to, by_column = Results(out, bias, gate, residual), weight_scale.contiguous()
+    factor = None if smooth is None else smooth.contiguous()
     samples, tokens, _ = source.stride()
     _C.int8_linear(
         to.rows,
-        (source.data_ptr(), samples, tokens),
-        by_row.data_ptr(),
+        (source.data_ptr(), CODES[dtype_name(source.dtype)], samples, tokens),
+        0 if by_row is None else by_row.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
         packed.numbers,
         by_column.data_ptr(),
         to.bias,

@@ -23,6 +23,7 @@ from vivace.kernels.linear.tiles import GROUP, PROGRAMS, Tile
 from vivace.kernels.linear.triton_impl import _epilogue, _place, by_token, tile_for, why_not
 from vivace.kernels.norm_modulate.triton_impl import rows, vector
 from vivace.kernels.philox_normal.triton_impl import on_device
+from vivace.kernels.quantize_tokens.triton_impl import quantize_tokens
 from vivace.kernels.spec import interpreted
 
 __all__ = ["int8_linear", "why_not"]
@@ -34,10 +35,11 @@ ALIGNED = 16  # bytes that addresses and distances of rows are multiples of, for
 def int8_linear(
     x: Tensor,
     weight: Tensor,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     weight_scale: Tensor,
     bias: Tensor | None = None,
     *,
+    smooth: Tensor | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -47,6 +49,8 @@ def int8_linear(
     """residual + gate * act(x_scale weight_scale (x W^T) + bias), each that is None left out."""
     if out is None:
         out = x.new_empty((*x.shape[:-1], len(weight)), dtype=out_dtype or torch.bfloat16)
+    if x_scale is None:
+        x, x_scale = quantize_tokens(x, smooth=smooth)
     return launch(tile_for(x, weight), x, weight, x_scale, weight_scale, bias, activation, gate, residual, out)
 
 

@@ -132,8 +132,9 @@ def linear(
 ) -> None: ...
 def int8_linear(
     out: _Rows,
-    x: tuple[int, int, int],
+    x: tuple[int, int, int, int],
     x_scale: int,
+    smooth: int,
     weight: _Packed,
     weight_scale: int,
     bias: int,

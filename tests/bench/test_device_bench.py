@@ -10,12 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vivace.bench import device, on_gpu, tune
+from vivace.bench import device, gpu_products, on_gpu, steady, tune
 from vivace.bench.harness import report
 from vivace.bench.kernels import (
     OPS,
+    fp8_linear,
+    fp8_quantize_tokens,
     gelu,
+    int8_attention,
     int8_linear,
+    int8_norm_modulate,
     linear,
     philox_normal,
     qk_norm_rope,
@@ -112,9 +116,11 @@ def test_spans_prepare_untimed_and_give_the_time_of_one_call(stand_in):
 def test_every_bench_of_a_kernel_has_rows_on_a_device(stand_in, monkeypatch):
     monkeypatch.setattr(rows, "QUICK", {"small": (2, 8, 64)})
     monkeypatch.setattr(gelu, "QUICK", {"small": ((2, 8, 64), True, "none")})
-    for module in (int8_linear, linear):
+    for module in (fp8_linear, int8_linear, linear):
         monkeypatch.setattr(module, "QUICK", {"small": (32, 64, 64, "gelu_tanh")})
-    monkeypatch.setattr(quantize_tokens, "QUICK", {"small": (2, 8, 64)})
+    for module in (fp8_quantize_tokens, int8_norm_modulate, quantize_tokens):
+        monkeypatch.setattr(module, "QUICK", {"small": (2, 8, 64)})
+    monkeypatch.setattr(int8_attention, "QUICK", {"small": (2, 3, 40, 24)})
     monkeypatch.setattr(qk_norm_rope, "QUICK", {"small": ((1, 8, 2, 32), False)})
     for module in (philox_normal, sample_adjust, solver_step):
         monkeypatch.setattr(module, "SHAPES", {"SDXL": (4, 8, 8)})
@@ -139,11 +145,12 @@ SMALL = BenchModel("tiny", sizes(2, 2, 16, size=8, classes=10))
 
 def test_a_denoiser_table_compares_ours_with_every_peer(stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(on_gpu, "BACKEND", "eager")
+    monkeypatch.setattr(steady, "BACKEND", "eager")
     monkeypatch.setattr(on_gpu, "SECONDS", 0.0)
     monkeypatch.setattr(on_gpu, "compiled", lambda module: module)
     found = {row["backend"]: row for row in on_gpu.denoiser_rows(SMALL, "bfloat16")}
-    assert set(found) == {"vivace", "vivace, nothing hoisted", "eager", "torch.compile", "torchao int8", "torchao fp8"}
+    ours = {"vivace", "vivace, nothing hoisted", "vivace int8", "vivace fp8"}
+    assert set(found) == ours | {"eager", "torch.compile", "torchao int8", "torchao fp8"}
     assert found["vivace"]["host_waits"] == 0 and found["vivace"]["over_eager"] > 0.0
     assert all(row["error"] < 0.05 for row in found.values() if "ms" in row)
     assert "torchao cannot be imported" in found["torchao int8"]["reason"]
@@ -195,3 +202,33 @@ def test_every_table_is_written_when_it_is_there(stand_in, monkeypatch, tmp_path
 def test_without_a_device_the_suites_say_so(capsys):
     assert on_gpu.main("denoiser", None) == 1 and tune.main(None) == 1
     assert capsys.readouterr().err.count("torch sees no CUDA device") == 2
+
+
+def test_products_are_compared_with_the_library_and_told_in_shares_of_the_peak(stand_in, monkeypatch):
+    rates = {"stand": {"int8": 1.0, "bfloat16": 1.0}}
+    for name, value in {"TOKENS": 32, "CHECKED": 8, "SECONDS": 0.0, "PEAKS": rates}.items():
+        monkeypatch.setattr(gpu_products, name, value)
+    parts = {"up": (64, 32, "gelu_tanh", False), "down": (32, 64, "none", True)}
+    monkeypatch.setattr(gpu_products, "PARTS", parts)
+    monkeypatch.setattr(gpu_products, "OPS", {name: gpu_products.OPS[name] for name in ("int8", "bfloat16")})
+    monkeypatch.setattr(gpu_products, "compiled_peer", lambda function, inputs: (None, "no compiler"))
+    rows = list(chain(*gpu_products.products()))
+    by = {(row["case"], row["dtype"], row["backend"]): row for row in rows}
+    assert {dtype for _, dtype, _ in by} == {"int8", "bfloat16"}
+    ours = by["DiT-XL/2 4096 down", "int8", "vivace"]
+    assert ours["over_bare"] > 0.0 and ours["percent_of_peak"] > 0.0 and ours["over_compile"] is None
+    assert by["DiT-XL/2 4096 up", "int8", "torch.compile"]["reason"] == "no compiler"
+    assert "torchao cannot be imported" in by["DiT-XL/2 4096 up", "int8", "torchao int8"]["reason"]
+    (claim,) = gpu_products.claims(rows)
+    assert claim.value > 0.0 and claim.n == 2
+    assert gpu_products.claims(rows[:1])[0].value is None and gpu_products.peak_of("another", "int8") is None
+
+
+def test_int8_is_told_against_torch_compile():
+    rows = [
+        {"backend": "vivace int8", "case": "DiT-XL/2 x2", "over_compile": 1.7, "ms": {"rounds": 9}},
+        {"backend": "vivace int8", "case": "DiT-XL/2, 1024 x2", "reason": "out of memory"},
+        {"backend": "vivace", "case": "DiT-XL/2 x2", "over_compile": 1.1},
+    ]
+    first, second = on_gpu.int8_claims(rows)
+    assert first.holds and first.n == 9 and second.holds is None and second.how == "out of memory"

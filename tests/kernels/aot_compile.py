@@ -268,12 +268,15 @@ def compiled(
     return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False} | options)
 
 
-def usage(kernel: Any) -> dict[str, Any]:
-    """Registers, stack and local bytes a thread, fused multiply-adds; the PTX's memory and rounding instructions."""
+def usage(kernel: Any, *, rounds: bool = True) -> dict[str, Any]:
+    """Registers, stack and local bytes a thread, fused multiply-adds; the PTX's memory and rounding instructions.
+
+    rounds: the kernel rounds every operation; others are not disassembled, which takes longer than compiling them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        text, code = (cuobjdump(what, cubin) for what in ("-res-usage", "-sass"))
+        text, code = cuobjdump("-res-usage", cubin), cuobjdump("-sass", cubin) if rounds else ""
     found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
     ptx = kernel.asm["ptx"]
     matrix = r"wgmma\.mma_async[\w.]+|cp\.async\.(?:c[ag]\.shared\.global|bulk\.tensor)"
@@ -286,7 +289,7 @@ def usage(kernel: Any) -> dict[str, Any]:
         "registers": found["REG"],
         "stack": found["STACK"],
         "local": found["LOCAL"],
-        "fused": fused,
+        "fused": fused if rounds else None,
     }
     return {"target": target, "ptx": told} | numbers
 
@@ -302,14 +305,16 @@ if __name__ == "__main__":
     report |= {name: usage(over_rows(*case)) for name, case in ROWS.items()}
     report |= {name: usage(gelu(*case)) for name, case in GELUS.items()}
     report |= {name: usage(qk_norm_rope(*case)) for name, case in HEADS.items()}
-    report |= {name: usage(linear(*case)) for name, case in LINEARS.items()}
-    report |= {name: usage(by_descriptors(*case)) for name, case in DESCRIBED.items()}
-    report |= {"linear of ones": usage(linear(tiles.tiles("bfloat16")[-1], "bfloat16", "silu", FULL, ONES))}
-    report |= {"int8_linear of ones": usage(by_descriptors(tiles.tiles("int8")[-1], "int8", ONE_ROW))}
+    report |= {name: usage(linear(*case), rounds=False) for name, case in LINEARS.items()}
+    report |= {name: usage(by_descriptors(*case), rounds=False) for name, case in DESCRIBED.items()}
+    of_ones = linear(tiles.tiles("bfloat16")[-1], "bfloat16", "silu", FULL, ONES)
+    report |= {"linear of ones": usage(of_ones, rounds=False)}
+    of_ones = by_descriptors(tiles.tiles("int8")[-1], "int8", ONE_ROW)
+    report |= {"int8_linear of ones": usage(of_ones, rounds=False)}
     report |= {"philox_normal": usage(philox_normal())}
     report |= {"quantize_tokens": usage(quantized(tokens._quantize_tokens, "*i8"))}
     report |= {"quantize_tokens given": usage(quantized(tokens._quantize_tokens, "*i8", fixed=True))}
     report |= {"fp8_quantize_tokens": usage(quantized(floats._fp8_quantize_tokens, "*fp8e4nv"))}
-    report |= {name: usage(int8_attention(*case)) for name, case in HEADS_OF_INTEGERS.items()}
+    report |= {name: usage(int8_attention(*case), rounds=False) for name, case in HEADS_OF_INTEGERS.items()}
     report |= {f"int8_attention {name}": usage(kernel) for name, kernel in quantized_keys().items()}
     print(json.dumps(report))

@@ -63,7 +63,7 @@ def test_x_quantized_here_has_the_bits_of_x_quantized_before(backend, smoothed, 
     weight, weight_scale = fp8_quantize_tokens(torch.randn(24, 64, generator=generator).to(device), backend=backend)
     smooth = torch.linspace(0.1, 3.0, 64).to(device) if smoothed else None
     x, x_scale = fp8_quantize_tokens(hidden, smooth=smooth, backend=backend)
-    want = fp8_linear(x, weight, x_scale, weight_scale, backend=backend)
+    want = fp8_linear(x, weight, x_scale, weight_scale, out_dtype=dtype, backend=backend)
     assert torch.equal(fp8_linear(hidden, weight, None, weight_scale, smooth=smooth, backend=backend), want)
 
 

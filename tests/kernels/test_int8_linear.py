@@ -1,4 +1,8 @@
-"""int8 linears: exact sums at the extremes, the float linear they stand for, scales, layouts, and what is refused."""
+"""int8 linears: exact sums at the extremes, rows quantized in the call, scales, layouts, and what is refused."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +11,7 @@ from vivace.errors import ArgumentError, DtypeError, ShapeError
 from vivace.kernels import spec
 from vivace.kernels.int8_linear import MOST_DEPTH, SPEC, int8_linear
 from vivace.kernels.int8_linear.cases import make
-from vivace.kernels.linear import linear
+from vivace.kernels.linear import linear, pack_weight
 from vivace.kernels.quantize_tokens import quantize_tokens
 
 on_every_backend = pytest.mark.parametrize(
@@ -90,9 +94,102 @@ def test_bits_do_not_depend_on_rank_or_layout(backend):
     assert torch.equal(int8_linear(swapped, wider[:, :90], x_scale, weight_scale, backend=backend), want)
 
 
+def hard_rows(dtype, width):
+    """Normals, a row of zeros, one with NaN, one with infinity, ties."""
+    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(2)) * 3.0
+    x[0, 1] = 0.0
+    x[0, 2, -1], x[1, 0, 0] = float("nan"), -float("inf")
+    x[2, 4] = torch.arange(width) % 127 + 0.5
+    x[2, 4, 0] = 127.0
+    return x.to(dtype)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 3, 64, 131])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rows_quantized_in_the_call_have_the_bits_of_those_quantized_before_it(backend, dtype, width, smoothed):
+    device = device_of(backend)
+    x, weight = hard_rows(dtype, width).to(device), integers(70, width).to(device)
+    smooth = (torch.rand(width) + 0.25).to(device) if smoothed else None
+    weight_scale, bias = torch.rand(70).to(device), torch.randn(70).to(device)
+    q, x_scale = quantize_tokens(x, smooth=smooth, backend=backend)
+    options = {"activation": "gelu_tanh", "backend": backend}
+    y = int8_linear(x, weight, None, weight_scale, bias, smooth=smooth, **options)
+    assert y.dtype == dtype
+    want = int8_linear(q, weight, x_scale, weight_scale, bias, out_dtype=dtype, **options)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.nan_to_num(), want.nan_to_num())
+    assert y[0, 2].isnan().all() and y[1, 0].isnan().all() and int(y.isnan().any(-1).sum()) == 2
+
+
+def test_half_precision_rows_are_quantized_as_wider_ones():
+    x, weight = hard_rows(torch.float32, 40)[2].half(), integers(9, 40)
+    y = int8_linear(x, weight, None, torch.ones(9), out_dtype=torch.float32)
+    assert torch.equal(y, int8_linear(x.float(), weight, None, torch.ones(9)))
+    assert int8_linear(x, weight, None, torch.ones(9)).dtype == torch.float16
+
+
+FORCED = """
+import hashlib, torch
+from vivace.kernels.int8_linear import int8_linear
+generator = torch.Generator().manual_seed(3)
+digest = hashlib.sha256()
+for rows, columns, depth in ((1, 1, 1), (53, 67, 131), (2, 130, 1029), (100, 64, 256)):
+    weight = torch.randint(-128, 128, (columns, depth), generator=generator, dtype=torch.int8)
+    weight[0], scale, bias = -128, torch.rand(columns, generator=generator) / 99, torch.randn(columns)
+    bias = torch.randn(columns, generator=generator)
+    ints = torch.randint(-128, 128, (rows, depth), generator=generator, dtype=torch.int8)
+    ints[0] = 127
+    floats = torch.randn(rows, depth, generator=generator)
+    floats[-1] = 0.0
+    for x, x_scale in ((ints, torch.rand(rows, generator=generator)), (floats, None), (floats.bfloat16(), None)):
+        for activation in ("none", "gelu", "gelu_tanh", "silu"):
+            for dtype in (torch.float32, torch.bfloat16):
+                y = int8_linear(x, weight, x_scale, scale, bias, activation=activation, out_dtype=dtype, backend="cpu")
+                digest.update(y.float().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.backend("cpu")
+def test_every_instruction_set_gives_the_same_bits():
+    from vivace import _C
+
+    found = {}
+    for isa in _C.available_isas():
+        env = os.environ | {"VIVACE_CPU_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", FORCED], env=env, capture_output=True, text=True, check=True)
+        found[isa] = run.stdout.strip()
+    assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.backend("triton")
+def test_a_packed_weight_is_refused_by_the_gpu():
+    packed = pack_weight(integers(5, 8))
+    with pytest.raises(ArgumentError, match=r"int8_linear: .*(packed weight is for the CPU|is on cpu)"):
+        int8_linear(X.to(device_of("triton")), packed, S.to(device_of("triton")), T, backend="triton")
+
+
+@pytest.mark.backend("cpu")
+def test_unknown_dtype_codes_are_refused():
+    from vivace import _C
+
+    for code in (2, 4, -1, 1 << 32, (1 << 32) + 3):
+        with pytest.raises(ValueError, match="is none of float32, bfloat16 and int8"):
+            _C.run_products(code, 1, 1)
+        with pytest.raises(ValueError, match="is none of float32, bfloat16 and int8"):
+            _C.packed_bytes(4, 4, code)
+    assert _C.run_products(3, 1, 1) > 0
+
+
 X, W, S, T = integers(2, 3, 8), integers(5, 8), torch.ones(2, 3), torch.ones(5)
 REFUSED = [
-    ((X.float(), W, S, T), {}, DtypeError, "x is float32, needs int8"),
+    ((X.float(), W, S, T), {}, DtypeError, "x is float32, needs int8 beside an x_scale"),
+    ((X, W, None, T), {}, DtypeError, "x is int8, needs its x_scale"),
+    ((X.short(), W, None, T), {}, DtypeError, "x is int16, needs int8, or without"),
+    ((X, W, S, T), {"smooth": torch.ones(8)}, ArgumentError, "smooth is for x that is quantized here"),
+    ((X.float(), W, None, T), {"smooth": torch.ones(7)}, ShapeError, r"smooth has shape \(7,\)"),
+    ((X.float(), W, None, T), {"smooth": torch.ones(8).bfloat16()}, DtypeError, "smooth is bfloat16"),
     ((X, W.short(), S, T), {}, DtypeError, "weight is int16"),
     ((X, W[:, :7], S, T), {}, ShapeError, r"x has shape \(2, 3, 8\) and weight \(5, 7\)"),
     ((X, W[0], S, T), {}, ShapeError, r"weight \(8,\)"),

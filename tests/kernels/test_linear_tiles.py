@@ -169,3 +169,34 @@ def test_triton_refuses_a_packed_weight():
     device = "cpu" if spec.interpreted() else "cuda"
     with pytest.raises(ArgumentError, match="packed weight is for the CPU|weight is on cpu"):
         linear(torch.zeros(2, 8, device=device), pack_weight(torch.zeros(4, 8)), backend="triton")
+
+
+def test_rows_that_the_copy_engine_can_read_are_described():
+    pytest.importorskip("triton")
+    from vivace.kernels.int8_linear.triton_impl import described
+
+    x = torch.zeros(6, 4, 96, dtype=torch.int8)
+    found = described(x, 64, 32)
+    assert (list(found.shape), list(found.strides), list(found.block_shape)) == ([24, 96], [96, 1], [64, 32])
+    assert list(described(x[:, :1], 64, 32).strides) == [384, 1] and list(described(x[:1, :1], 64, 32).shape) == [1, 96]
+    assert list(described(x[0], 64, 32).shape) == [4, 96] and list(described(x[..., :50], 64, 32).shape) == [24, 50]
+    for odd in (x.transpose(0, 1), x[:, 1:], x[..., 1:], x[:1].expand(6, 4, 96), x.view(-1)[:540].view(2, 3, 90)):
+        assert described(odd, 64, 32) is None
+
+
+@pytest.mark.backend("triton")
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_triton_has_the_same_bits_by_descriptors_and_by_pointers(dtype):
+    from vivace.kernels.int8_linear.triton_impl import described, launch
+
+    device, generator = "cpu" if spec.interpreted() else "cuda", torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(size, 96, generator=generator) * 40.0 for size in (150, 70))
+    x, weight = (t.clamp(-127.0, 127.0).to(device, getattr(torch, dtype)) for t in (x, weight))
+    scales = [torch.rand(size, generator=generator).to(device) / 200.0 for size in (150, 70)]
+    room = torch.zeros(150, 97, device=device, dtype=x.dtype)
+    room[:, :96] = x
+    tile, results = tiles.tiles(dtype)[-2], []
+    for rows in (x, room[:, :96]):
+        out = torch.empty(150, 70, device=device, dtype=torch.bfloat16)
+        results.append(launch(tile, rows, weight, *scales, None, "gelu_tanh", None, None, out))
+    assert described(room[:, :96], 64, 128) is None and torch.equal(*results)

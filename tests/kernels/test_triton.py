@@ -45,7 +45,7 @@ def processes(tmp_path_factory):
         "interpreter": start(*pytest_options, *files, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
         "compiler": start(HERE / "aot_compile.py", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))),
     }
-    return {name: (*process.communicate(timeout=900), process.returncode) for name, process in running.items()}
+    return {name: (*process.communicate(timeout=1800), process.returncode) for name, process in running.items()}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_compiled_kernels_move_16_bytes_at_a_time_and_round_as_the_definition_do
         assert "st.global.v4.b32" in used["ptx"] or name.startswith(("sample_adjust", "int8_attention sum")), name
         whole = {"ld.global.v4.b32", "cp.async.cg.shared.global", "cp.async.bulk.tensor"} & set(used["ptx"])
         assert name == "philox_normal" or whole, name
-        if "linear" in name or name.startswith("int8_attention"):
+        if used["fused"] is None:
             continue  # its sums are fused on purpose
         exact = {"sqrt.rn.f32", "div.rn.f32"} & set(used["ptx"])  # correctly rounded by means of such instructions
         assert used["fused"] == 0 or exact, f"{name} fuses multiply and add"
@@ -112,7 +112,7 @@ def test_linears_use_the_matrix_unit_and_leave_room_for_a_second_program(usage):
             assert any(i.startswith("wgmma.mma_async") and i.endswith(kind) for i in used["ptx"]), name
             assert loads in used["ptx"], name
     for name, used in usage.items():
-        two = "128 x 128" in name and name.startswith(("linear", "int8_linear"))
+        two = re.search(r"\d 128 x 128", name) and name.startswith(("linear", "int8_linear"))
         if two:  # 64 Ki registers and 227 KiB of shared memory of a multiprocessor, 256 threads
             assert used["registers"] <= 128 and 2 * used["shared"] <= 227 << 10, f"{name}: {used}"
     assert not any(i.startswith("wgmma") for i in usage["linear float32 64 x 64"]["ptx"])

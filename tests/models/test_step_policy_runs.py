@@ -1,5 +1,7 @@
 """A checkpoint's `diffusion_step_policy` runs: rows in bfloat16 at both ends, in int8 between, as the receipt says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,15 @@ def test_rows_that_say_nothing_keep_the_bits_of_the_plain_model(weights):
             session.step([state])
         seen.append(state.pool.state[state.entry.lowered.slots["x"], list(state.lanes)].clone())
     assert torch.equal(*seen)
+
+
+def test_a_plan_without_precisions_runs_on_the_weights_as_they_advise(weights):
+    pipe = vivace.load("emoji", quantized=replace(weights, advice={"last": 1, "high": "bf16"}))
+    plan = vivace.make_plan(pipe.spec.schedule, "ddim", 3, prediction=pipe.spec.prediction)
+    session = pipe.compile(plan)
+    assert session("red heart").receipt.precisions == {"int8": 2, "bf16": 1}
+    own = vivace.passes.apply_precision(plan, "fp32")
+    assert session("red heart", plan=own).receipt.precisions == {"fp32": 3}
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "auto"])

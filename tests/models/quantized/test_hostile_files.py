@@ -149,6 +149,13 @@ def test_descriptions_that_are_none(good, reads, text):
     assert reads(text, good[1]) is None
 
 
+def test_descriptions_of_any_depth(good, reads):
+    text, tensors = good
+    for depth in (100, 500, 900, 980, 20_000):
+        raw = text.replace(b'"source": {', b'"source": {"x": ' + b"[" * depth + b"]" * depth + b", ", 1)
+        assert raw != text and reads(raw, tensors) is None
+
+
 def header_of(tensors):
     length = int.from_bytes(tensors[:8], "little")
     return json.loads(tensors[8 : 8 + length]), tensors[8 + length :]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.models.compiled.test_graph_sessions import session
 from tests.models.pipelines.test_denoiser import load, plan_of, prompt_of
 from tests.models.quantized.made import layer, rounded, same
 
@@ -11,7 +12,7 @@ import vivace
 from vivace.engine.passes import apply_precision
 from vivace.kernels.spec import error_of
 from vivace.models.pipe import default_plan
-from vivace.models.quantized.given import advised
+from vivace.models.quantized.given import advised, network_of
 from vivace.models.quantized.native import layer_names
 from vivace.models.quantized.stand_in import block_names, place_of
 from vivace.models.quantized.weights import QuantizedWeights
@@ -48,15 +49,14 @@ def test_weights_come_as_a_file_or_an_object(emoji, tmp_path):
 def test_int8_rows_stay_close_and_say_so(emoji):
     weights, plain = emoji
     pipe = vivace.load("emoji", quantized=weights)
-    plan = default_plan(pipe.model, steps=4)
+    plan = default_plan(pipe.model, steps=3)
     high = plain.compile(plan, backend="eager")("pizza", seed=1)
     low = pipe.compile(apply_precision(plan, "int8", first=1, last=1), backend="eager")("pizza", seed=1)
     assert 0 < error_of(low.latents, high.latents) < 0.2
-    assert low.receipt.precisions == {"model": 2, "int8": 2}
+    assert low.receipt.precisions == {"model": 2, "int8": 1}
     assert torch.equal(pipe.compile(plan, backend="eager")("pizza", seed=1).latents, high.latents)
-    for dtype in ("bfloat16", "float64"):
-        result = pipe.compile(apply_precision(plan, "int8"), backend="eager", dtype=dtype)("pizza", seed=1)
-        assert error_of(result.latents, high.latents) < 0.3
+    result = pipe.compile(apply_precision(plan, "int8"), backend="eager", dtype="bfloat16")("pizza", seed=1)
+    assert error_of(result.latents, high.latents) < 0.3
 
 
 def test_precision_needs_weights_only_where_it_does(emoji):
@@ -101,6 +101,24 @@ def test_weights_that_were_changed_since_are_refused(emoji):
         changed.compile(plan_of("sd3", changed))
 
 
+def test_models_of_several_networks_are_refused():
+    assert network_of({"main": 1}) == 1
+    with pytest.raises(vivace.UnsupportedError, match="one network; this one has main, transformer_2"):
+        network_of({"main": 1, "transformer_2": 2})
+
+
+def test_debugging_names_layer_and_timestep(emoji, monkeypatch):
+    weights, _ = emoji
+    pipe = vivace.load("emoji", quantized=weights)
+    plan = apply_precision(default_plan(pipe.model, steps=2), "int8").bind(pipe.spec)
+    step, x = plan.steps[0], torch.full((1, *pipe.spec.latent_shape), torch.nan)
+    monkeypatch.setenv("VIVACE_DEBUG", "1")
+    for backend in ("eager", "cpu"):
+        made = pipe.compile(plan, backend=backend)
+        with pytest.raises(vivace.StateError, match=r"blocks\.0\.qkv.* NaN or infinity.*" + f"{step.timestep:g}"):
+            made.executor.evaluate(x, [step.timestep], [made.denoiser.encode("pizza")], step.variant)
+
+
 def test_a_plan_runs_as_the_weights_advise_unless_it_says_itself(emoji):
     weights, plain = emoji
     plan = default_plan(plain.model, steps=4)
@@ -112,8 +130,9 @@ def test_a_plan_runs_as_the_weights_advise_unless_it_says_itself(emoji):
         advised(plan, replace(weights, advice={"middle": 1}))
 
 
-@pytest.mark.parametrize("groups", [0, 3], ids=["token", "static"])
-@pytest.mark.parametrize("name", ["sd3", "flux", "sd15"])
+@pytest.mark.parametrize(
+    ("name", "groups"), [("flux", 0), ("flux", 3), ("sd3", 3), ("sd15", 0)], ids=["flux", "flux-static", "sd3", "sd15"]
+)
 def test_foreign_networks_compute_the_same_eagerly_and_compiled(name, groups):
     pipe = foreign(name, smooth=True, groups=groups)
     plan = apply_precision(plan_of(name, pipe), "int8")
@@ -138,6 +157,18 @@ def test_samples_at_different_times_keep_their_bits():
     while not all(state.done for state in states):
         session.step([state for state in states if not state.done])
     assert all(torch.equal(session.finish(state).latents, one) for state, one in zip(states, alone, strict=True))
+
+
+@pytest.mark.parametrize("groups", [0, 3], ids=["token", "static"])
+def test_graphs_of_foreign_networks_have_the_bits_of_eager(groups):
+    pipe = foreign("pixart", groups=groups)
+    plan = apply_precision(plan_of("pixart", pipe), "int8", first=1)
+    denoiser = pipe.compile(plan, backend="eager").denoiser
+    graphs, eager = (session(denoiser, denoiser, plan, graphs=graphs) for graphs in (True, False))
+    prompt = prompt_of("pixart")
+    assert torch.equal(graphs(prompt, seed=3).latents, eager(prompt, seed=3).latents)
+    report = graphs.executor.report()
+    assert "not_captured" not in report and report["graphs"] >= 2
 
 
 def test_rows_of_several_precisions_share_a_session():

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import vivace
-from vivace.models.quantized.calibrate import calibrate_quantization, prompts_of, samples_of
+from vivace.models.quantized.calibrate import calibrate_quantization, plan_of, prompts_of, samples_of
+from vivace.models.quantized.effects import advise, effects, of_rows
 from vivace.models.quantized.quantize import quantize_layers
 from vivace.models.quantized.reach import block_linears, denoiser_of, network_of
-from vivace.models.quantized.sensitivity import Sensitivity, Trial, advise, keep_high, measure, whole_error
+from vivace.models.quantized.sensitivity import Sensitivity, Trial, keep_high, measure, whole_error
 
 ERRORS = torch.tensor([[0.03, 0.03], [0.04, 0.04], [0.0, 0.12], [0.001, 0.001]])
 
@@ -36,23 +37,23 @@ def test_the_most_sensitive_layers_stay_high_until_the_budget_is_kept():
 
 
 def test_advice_is_the_run_of_bad_evaluations_at_either_end():
-    edges, timesteps = (
-        (100.0, 200.0, 800.0),
-        [900.0, 850.0, 700.0, 600.0, 500.0, 400.0, 300.0, 250.0, 150.0, 50.0, 20.0, 10.0],
-    )
-    assert advise([0.05, 0.01, 0.01, 0.03], edges, timesteps, 2.0) == {"first": 2, "last": 3, "high": "bf16"}
-    assert advise([0.05, 0.01, 0.01, 0.03], edges, timesteps, 4.0) == {"first": 0, "last": 3, "high": "bf16"}
-    assert advise([0.01, 0.05, 0.01, 0.01], edges, timesteps, 2.0)["last"] == 0  # bad in the middle only
-    assert advise([0.05, 0.01, 0.01, 0.03], edges, timesteps, None) == {"first": 0, "last": 0, "high": "bf16"}
-    few = [900.0, 850.0, 840.0, 830.0, 700.0, 600.0, 500.0, 400.0, 300.0]
-    assert advise([0.01, 0.01, 0.01, 0.03], edges, few, 2.0)["first"] == 2  # a quarter at most
+    effect = [5.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.5, 2.5, 6.0]
+    assert advise(effect, 2.0) == {"first": 2, "last": 3, "high": "bf16"}
+    assert advise(effect, 4.0) == {"first": 1, "last": 1, "high": "bf16"}
+    assert advise(effect, None) == {"first": 0, "last": 0, "high": "bf16"}
+    assert advise([1.0, 1.0, 9.0, 1.0, 1.0], 2.0) == {"first": 0, "last": 0, "high": "bf16"}  # bad in the middle only
+    assert advise([9.0] * 3 + [1.0] * 5, 2.0)["first"] == 2  # a quarter at most
+
+
+def test_effects_of_rows_add_as_squares():
+    rows = of_rows([0.3, 0.4], (100.0,), [900.0, 500.0, 300.0, 200.0, 50.0])
+    assert rows == [0.2] * 4 + [0.3]
 
 
 def test_advice_fits_the_pass_that_takes_it():
     pipe = vivace.load("emoji")
     plan = pipe.choose_plan(None, None, 12, None)
-    told = advise([0.05, 0.01], (100.0,), [step.timestep for step in plan.steps], 2.0)
-    assert vivace.passes.apply_precision(plan, "int8", **told).nfe == 12
+    assert vivace.passes.apply_precision(plan, "int8", **advise([1.0] * 11 + [9.0], 4.0)).nfe == 12
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +66,30 @@ def measured():
     layers = {name: weights.layers[name] for name in names}
     trial = Trial(layers, block_linears(network_of(denoiser)), "int8")
     conditions = [denoiser.encode(prompt) for prompt in prompts_of(table)]
-    return denoiser, trial, samples_of(table), conditions, table.metadata["edges"]
+    return denoiser, trial, samples_of(table), conditions, table.metadata["edges"], table
 
 
 def test_measured_sensitivities_of_a_network(measured):
     local = torch.full((4, 2), 0.01)
-    found = measure(*measured, local)
+    found = measure(*measured[:5], local)
     assert found.how == "network" and found.errors.shape == (4, 2) and bool((found.errors > 0).all())
-    assert torch.equal(found.whole, whole_error(*measured))
+    assert torch.equal(found.whole, whole_error(*measured[:5]))
     together = found.errors.square().sum(0).sqrt()
     assert bool((0.5 * together < found.whole).all()) and bool((found.whole < 2 * together).all())  # nearly independent
 
 
 def test_the_local_form_shares_out_the_measured_whole(measured):
     local = torch.tensor([[0.03, 0.01], [0.04, 0.01], [0.0, 0.01], [0.0, 0.01]])
-    found = measure(*measured, local, how="local")
+    found = measure(*measured[:5], local, how="local")
     torch.testing.assert_close(found.errors.square().sum(0).sqrt(), found.whole)
     torch.testing.assert_close(found.errors[0] / found.errors[1], local[0] / local[1])
+
+
+def test_effects_are_those_of_runs_with_one_group_in_8_bits(measured):
+    denoiser, trial, _, _, edges, table = measured
+    plan, prompts = plan_of(table), prompts_of(table)
+    found = effects(denoiser, trial, plan, prompts, edges)
+    assert found.shape == (2,) and bool((found > 0).all())
+    assert torch.equal(effects(denoiser, trial, plan, prompts, edges), found)
+    nothing = Trial({}, trial.linears, "int8")
+    assert effects(denoiser, nothing, plan, prompts, edges).tolist() == [0.0, 0.0]

@@ -30,8 +30,8 @@ from vivace.models.compiled.packs import refresh
 from vivace.models.compiled.precisions import Kinds, counted, kinds_of, nearest, plain, told, why_not
 from vivace.models.compiled.sequence_row import SequenceRow
 from vivace.models.dit import DiT
+from vivace.models.quantized import honoured
 from vivace.models.quantized.layers import debugging, odd_numbers
-from vivace.models.quantized.stand_in import honoured
 from vivace.models.quantized.weights import QuantizedWeights
 
 CPP, SEQUENCE = "C++ row", "torch sequence"

@@ -17,7 +17,7 @@ from vivace.models.compiled.precisions import Kinds, kinds_of, plain, why_not
 from vivace.models.compiled.scales import scale_table
 from vivace.models.compiled.sequence import DitSequence
 from vivace.models.dit import DiT
-from vivace.models.quantized.stand_in import honoured
+from vivace.models.quantized import honoured
 from vivace.models.quantized.weights import QuantizedWeights
 from vivace.models.versions import held
 

@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -37,7 +37,7 @@ from vivace.models.pipelines.network import NetworkDenoiser
 from vivace.models.pipelines.planned import expert_boundary
 from vivace.models.pipelines.prompting import Prompting
 from vivace.models.pipelines.sources import NETWORK_FOLDERS, check_weights, resolve
-from vivace.models.quantized.given import network_of, weights_of
+from vivace.models.quantized.given import advised, network_of, weights_of
 from vivace.models.quantized.stand_in import StandIns
 from vivace.models.quantized.weights import QuantizedWeights
 
@@ -139,6 +139,7 @@ class ForeignPipe(ABC):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._fingerprint = Fingerprint()
+        self._moved = lru_cache(1)(QuantizedWeights.to)  # sessions on one device share a copy
 
     @property
     def spec(self) -> ModelSpec:
@@ -167,7 +168,7 @@ class ForeignPipe(ABC):
         denoiser = self._denoiser(self._placed(place, dtype_of(dtype)))
         if self.quantized is not None:
             self.quantized.check(self.spec.fingerprint)
-            denoiser.stand_ins = StandIns(self.quantized.to(denoiser.device))
+            denoiser.stand_ins = StandIns(self._moved(self.quantized, denoiser.device))
         executor = make_executor(backend, denoiser, hoist=hoist)
         why = self._unprobed()
         session = Session(
@@ -179,7 +180,7 @@ class ForeignPipe(ABC):
             threads=threads,
             batch=batch,
             probed=why is None,
-            expand=lambda given: self._expanded(given).bind(denoiser.spec),
+            expand=lambda given: advised(self._expanded(given).bind(denoiser.spec), self.quantized),
         )
         if why is not None:
             executor.one_by_one = why

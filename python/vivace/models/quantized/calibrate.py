@@ -24,6 +24,9 @@ from vivace.engine.calibrate.packing import pack, unpack
 from vivace.engine.calibrate.table import CalibrationTable
 from vivace.engine.noise import philox_words
 from vivace.engine.plan import Plan
+from vivace.engine.plan_codec import decode
+from vivace.engine.plan_io import canonical
+from vivace.engine.verify import verify
 from vivace.errors import ArgumentError
 from vivace.models.quantized.collect import ROWS, Recorder, collect_inputs
 from vivace.models.quantized.reach import block_linears, denoiser_of, network_of, other_linears
@@ -68,6 +71,8 @@ def calibrate_quantization(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"calibrate: {name} is {value!r}; a positive integer is needed")
     network_of(denoiser_of(pipe))
+    if pipe.quantized is not None:
+        raise ArgumentError("calibrate: the model was loaded with quantized weights; load it without, in float32")
     session = pipe.compile(full_precision(plan), backend="eager")
     bound, denoiser = session.plans[0], session.denoiser
     timesteps = [step.timestep for _, step, _ in evaluations_of(bound)]
@@ -80,11 +85,11 @@ def calibrate_quantization(
     conditions = [denoiser.encode(prompt) for prompt in asked]
     recorder = collect_inputs(denoiser, found, conditions, edges, seed=seed, rows=rows, progress=progress)
     arrays, layers, kept = _measured(network_of(denoiser), recorder)
-    arrays |= _states(found, edges)
+    arrays |= _states(found, edges) | {f"plan.{key}": np.asarray(array) for key, array in bound.arrays.items()}
     metadata = {
         "model": pipe.spec.name,
         "recipe": chosen.to_dict(),
-        "plan": _plan_of(bound, timesteps) | {"hash": plan.hash},
+        "plan": _told(bound, timesteps) | {"hash": plan.hash},
         "schedule": None if pipe.spec.schedule is None else pipe.spec.schedule.describe().to_dict(),
         "prompts": pack(asked, "prompts", arrays),
         "seed": seed,
@@ -135,6 +140,13 @@ def prompts_of(table: CalibrationTable) -> list[Any]:
     return found
 
 
+def plan_of(table: CalibrationTable) -> Plan:
+    """The plan that a table was made with, bound, without precisions. Raises PlanFileError."""
+    plan = verify(decode(table.metadata["plan"]["data"]))
+    object.__setattr__(plan, "arrays", {info.key: table.arrays[f"plan.{info.key}"] for info in plan.tensors})
+    return plan
+
+
 def _measured(network: Any, recorder: Recorder) -> tuple[dict[str, Any], list[str], dict[str, str]]:
     """Arrays of the layers that read tokens, their names, and why other layers are left out."""
     arrays: dict[str, Any] = {}
@@ -173,9 +185,9 @@ def _states(samples: Sequence[Sample], edges: Sequence[float]) -> dict[str, Any]
     return arrays | {"samples.x": torch.stack([s.x for s in samples]).numpy()}
 
 
-def _plan_of(plan: Plan, timesteps: Sequence[float]) -> dict[str, Any]:
+def _told(plan: Plan, timesteps: Sequence[float]) -> dict[str, Any]:
     """What a table says of its plan."""
-    told: dict[str, Any] = {"timesteps": list(timesteps), "branch_evals": plan.branch_evals}
+    told: dict[str, Any] = {"data": json.loads(canonical(plan)), "timesteps": list(timesteps)}
     if plan.recipe is not None:
         arguments = plan.recipe.arguments.to_dict()
         told |= {name: arguments[name] for name in ("solver", "steps") if name in arguments}

@@ -111,7 +111,11 @@ def _text(weights: QuantizedWeights, size: int, digest: str) -> bytes:
 def _seal(data: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a description without its own."""
     rest = {name: value for name, value in data.items() if name != "sha256"}
-    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    try:
+        text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise ModelError("is nested too deep; it was edited or damaged: copy it again") from None
+    return sha256(text.encode()).hexdigest()
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -91,20 +91,22 @@ class QuantizedLinear(nn.Module):
         Returns: [..., N]. Rows that hold NaN or infinity are NaN.
         Raises: StateError for such rows where VIVACE_DEBUG is 1 or more, naming layer and timesteps.
         """
-        q, scale = self.quantized(x)
         wanted = out_dtype or x.dtype
         dtype = wanted if wanted in TAKEN else torch.float32
+        once = self.product is int8_linear and x.dtype in TAKEN[:2] and self.layer.x_scale is None and not debugging()
+        q, scale = (_rows(x), None) if once else self.quantized(x)
         bias = self.bias if self.bias is None or self.bias.dtype in (torch.float32, dtype) else self.bias.float()
         weight = self._weight()
-        options = {"activation": activation, "gate": gate, "residual": residual, "out_dtype": dtype}
+        options: dict[str, Any] = {"activation": activation, "gate": gate, "residual": residual, "out_dtype": dtype}
+        if once:  # rows are quantized in the product's own call, to the same numbers
+            options["smooth"] = self.layer.smooth
         return self.product(q, weight, scale, self.layer.weight_scale, bias, **options).to(wanted)
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x in 8 bits [..., K] and float32 scales [...]."""
-        x = x if x.dtype in TAKEN else x.float()
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = _rows(x if x.dtype in TAKEN else x.float())
         q, scale = self.quantize(x, smooth=self.layer.smooth, scale=self._given(x))
-        if debugging() and x.device.type == "cpu" and bool(scale.isnan().any()):
+        if debugging() and not _captured(x) and bool(scale.isnan().any()):
             raise odd_numbers(self.name, _AT.get().timesteps)
         return q, scale
 
@@ -152,6 +154,16 @@ class CastLinear(nn.Module):
             made.load_state_dict(given, assign=True)
             self._cast = stamp, made.requires_grad_(False)
         return self._cast[1]
+
+
+def _captured(x: Tensor) -> bool:
+    """A graph is being made of this call, which may not look at numbers."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with the elements of a row side by side, as the ops take it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _ops(layer: QuantizedLayer) -> tuple[Callable[..., Any], Callable[..., Tensor]]:

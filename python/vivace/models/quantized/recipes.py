@@ -22,7 +22,7 @@ class Recipe:
     trajectory; alphas: of migration that are tried, none: no migration; weights, clip: rules of `clip_scale` for the
     weights' scales and for static activation scales; activations: "token" or "static"; rounding: "nearest" or "gptq";
     budget: relative error of the prediction, layers stay high until it is kept, None: none do; multiple: of the median
-    error from which on first and last evaluations are advised to run high, None: none are.
+    effect on the picture, beyond which first and last evaluations are advised to run high, None: none are.
     """
 
     name: str
@@ -65,7 +65,7 @@ RECIPES = {
             activations="token",
             rounding="nearest",
             budget=0.05,
-            multiple=2.0,
+            multiple=4.0,
         ),
         # Shang et al. 2023: every linear that has an 8-bit kernel; SiLU, softmax and the products in attention high.
         Recipe(
@@ -94,7 +94,7 @@ RECIPES = {
             activations="static",
             rounding="nearest",
             budget=0.05,
-            multiple=2.0,
+            multiple=4.0,
         ),
     )
 }

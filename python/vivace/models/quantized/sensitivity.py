@@ -1,4 +1,4 @@
-"""How much the prediction moves when a layer runs in 8 bits, and which layers and evaluations stay high for it.
+"""How much the prediction moves when a layer runs in 8 bits, and which layers stay high for it.
 
     error(l, g) = rms over samples of group g of |prediction with only layer l in 8 bits - prediction| / |prediction|
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from vivace.models.quantized.weights import QuantizedLayer
 HOW = ("auto", "network", "local")
 PER_GROUP = 2  # samples of a group that are evaluated
 MOST_WORK = 2e13  # multiply-adds of the "network" form; beyond, "local" is taken
-ENDS = 4  # at most one in so many evaluations is advised to run high at either end
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ def measure(
     local: [L, G], relative errors of the layers' own outputs. how: "network", "local", or "auto", by the work it takes.
     """
     used = _few(samples, edges)
-    names, groups = tuple(trial.layers), len(edges) + 1
+    names = tuple(trial.layers)
     targets = [evaluate(denoiser, batch, conditions) for batch in batches(used, edges)]
 
     def error(chosen: Sequence[str]) -> Tensor:
@@ -101,20 +99,23 @@ def measure(
 
     whole = error(names)
     if how == "auto":
-        weights = sum(p.numel() for p in network_of(denoiser).parameters())
-        tokens = denoiser.spec.tokens()
-        branches = sum(len(sample.branches) for sample in used)
-        how = "network" if float(len(names)) * weights * tokens * branches < MOST_WORK else "local"
+        rows = sum(len(sample.branches) for sample in used)
+        how = "network" if len(names) * work_of(denoiser, rows) < MOST_WORK else "local"
     if how == "local":
         together = local.square().sum(0).sqrt().clamp_min(1e-30)
         return Sensitivity(how, names, local * (whole / together), whole)
-    rows = []
+    errors = []
     for i, name in enumerate(names):
-        rows.append(error([name]))
+        errors.append(error([name]))
         if progress is not None:
             progress("sensitivity", i + 1, len(names))
-    assert rows[0].shape == (groups,)
-    return Sensitivity(how, names, torch.stack(rows), whole)
+    return Sensitivity(how, names, torch.stack(errors), whole)
+
+
+def work_of(denoiser: Denoiser, rows: int) -> float:
+    """Multiply-adds of one evaluation of so many samples and branches, roughly: every weight for every token."""
+    weights = sum(parameter.numel() for parameter in network_of(denoiser).parameters())
+    return float(weights) * denoiser.spec.tokens() * rows
 
 
 def whole_error(
@@ -138,25 +139,6 @@ def keep_high(sensitivity: Sensitivity, budget: float | None) -> dict[str, str]:
             f"sensitivities foretell {sensitivity.predicted(left):.2%} of a budget of {budget:.2%}"
         )
     return kept
-
-
-def advise(
-    whole: Sequence[float], edges: Sequence[float], timesteps: Sequence[float], multiple: float | None
-) -> dict[str, int | str]:
-    """Arguments of `apply_precision`: how many first and last evaluations run high.
-
-    Evaluations from an end on whose error, that of their group, exceeds `multiple` times the median over all
-    evaluations; a quarter of them at most. timesteps: of the evaluations, in order.
-    """
-    errors = [whole[group_of(edges, t)] for t in timesteps]
-    if multiple is None:
-        return {"first": 0, "last": 0, "high": "bf16"}
-    limit, most = multiple * median(errors), len(errors) // ENDS
-
-    def run(of: Sequence[float]) -> int:
-        return min(most, next((i for i, e in enumerate(of) if e <= limit), len(of)))
-
-    return {"first": run(errors), "last": run(errors[::-1]), "high": "bf16"}
 
 
 def _few(samples: Sequence[Sample], edges: Sequence[float]) -> list[Sample]:
