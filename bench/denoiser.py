@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivace.bench import denoiser_dit, denoiser_int8
+from vivace.bench import denoiser_dit, denoiser_int8, int8_linears
 from vivace.bench.compiling import compiled_peer
 from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
 from vivace.errors import ArgumentError, BackendError
@@ -293,6 +293,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
     "denoiser.passthrough_overhead": passthrough_overhead,
     **denoiser_dit.CLAIMS,
     **denoiser_int8.CLAIMS,
+    **int8_linears.CLAIMS,
 }
 
 
@@ -312,5 +313,5 @@ def run(op: str | None = None, claim: str | None = None, quick: bool = False) ->
         for case in list(CASES)[1:]:
             for dtype in DTYPES.values():
                 rows += case_rows(case, dtype, quick)[0]
-        rows += denoiser_dit.full_rows() + denoiser_int8.full_rows()
+        rows += denoiser_dit.full_rows() + denoiser_int8.full_rows() + int8_linears.full_rows()
     return report("denoiser", rows, claims)
