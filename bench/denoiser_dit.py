@@ -73,11 +73,15 @@ class SteadyRow:
 
     def error(self) -> float:
         """Of the network's prediction against eager float32."""
+        return error_of(self.prediction(), reference(self.model, self.batch))
+
+    def prediction(self) -> torch.Tensor:
+        """What the network predicts for the model's inputs, float32 [batch, C, H, W]."""
         x, t, _ = self.model.inputs(1, self.session.denoiser.dtype)
         variant = self.session.plans[0].steps[0].variant
         condition = self.session.denoiser.encode(self.label)
         outs = self.session.executor.evaluate(x, t.tolist(), [condition], variant)
-        return error_of(torch.cat([out.float() for out in outs]), reference(self.model, self.batch))
+        return torch.cat([out.float() for out in outs])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vivace import bench
-from vivace.bench import denoiser, denoiser_dit
+from vivace.bench import denoiser, denoiser_dit, denoiser_int8, int8_linears
 from vivace.errors import ArgumentError, BackendError
 from vivace.kernels.spec import UNIT_ROUNDOFF
 
@@ -44,7 +44,10 @@ def test_the_floor_counts_every_byte_the_elementwise_ops_move():
     assert 0 <= denoiser.elementwise_bytes(network) - (2 * 17 + 2) * state < 2 * state
 
 
-@pytest.mark.parametrize("name", [name for name in denoiser.CLAIMS if name not in denoiser_dit.CLAIMS])
+ELSEWHERE = {*denoiser_dit.CLAIMS, *denoiser_int8.CLAIMS, *int8_linears.CLAIMS}
+
+
+@pytest.mark.parametrize("name", [name for name in denoiser.CLAIMS if name not in ELSEWHERE])
 def test_claims_are_computed_from_their_own_rows(name, tmp_path):
     data = bench.run("denoiser", claim=name, quick=True, out=tmp_path / "results")
     (claim,) = data["claims"]
@@ -76,8 +79,9 @@ def test_without_a_compiler_the_row_says_so(monkeypatch):
 
 
 def test_without_diffusers_a_claim_is_null_with_the_reason(monkeypatch):
-    for module in (denoiser, denoiser_dit):
+    for module in (denoiser, denoiser_dit, denoiser_int8):
         monkeypatch.setattr(module, "_cannot", lambda: "diffusers is not installed")
+    monkeypatch.setattr(int8_linears, "missing", lambda _: "diffusers is not installed")
     for claim in bench.run("denoiser")["claims"]:
         assert claim["value"] is None and claim["how"] == "diffusers is not installed"
 

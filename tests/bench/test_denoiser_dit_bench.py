@@ -72,7 +72,7 @@ def test_the_hoisting_claim_is_computed_from_its_own_rows():
 def test_the_share_of_stages_counts_no_attention():
     data = bench.run("denoiser", claim="denoiser.non_gemm_share_xl", quick=True)
     (claim,), (row,) = data["claims"], data["rows"]
-    assert set(row["stages_ms"]) == {"linear", "attention", "norm", "rest"}
+    assert set(row["stages_ms"]) == {"linear", "attention", "norm", "rest", "quantize"}
     assert 0 < claim["value"] < 1 and claim["n"] == denoiser_dit.CLOCKED
     stages = denoiser_dit.Stages({"linear": 80, "attention": 900, "norm": 15, "rest": 5}, lambda: None)
     assert stages.share == 0.2
