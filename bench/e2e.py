@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,15 +131,16 @@ def vivace_row(case: Case, factor: Factor, best: Mapping[str, Any], reference: T
     try:
         with Growth() as growth:
             begin = time.perf_counter()
-            session = cases.compile_vivace(case, case.plan(solver, steps), backend, factor.dtype, hoist=factor.hoist)
+            planned = partial(cases.planned, case, factor.dtype, solver)
+            session = cases.compile_vivace(case, planned(steps), backend, factor.dtype, hoist=factor.hoist)
             seconds = time.perf_counter() - begin
-            session(case.labels[0], plan=case.plan(solver, timed or steps))
+            session(case.labels[0], plan=planned(timed or steps))
     except BackendError as error:
         row = columns(case, factor.name, "vivace", factor.dtype, solver, steps)
         return Row(row | {"reason": str(error)})
 
     def latents(count: int) -> Tensor:
-        return cases.vivace_latents(case, session, case.plan(solver, count))
+        return cases.vivace_latents(case, session, planned(count))
 
     if reference is None:
         decibels = cases.quality(latents(steps), cases.eager_vivace(case, solver, steps))
@@ -146,7 +148,7 @@ def vivace_row(case: Case, factor: Factor, best: Mapping[str, Any], reference: T
         steps, decibels = cases.settle(latents, steps, reference)
     else:
         decibels = cases.quality(latents(steps), reference)
-    plan, noise, labels = case.plan(solver, timed or steps), case.noise[:1], itertools.cycle(CLASSES)
+    plan, noise, labels = planned(timed or steps), case.noise[:1], itertools.cycle(CLASSES)
     row = columns(case, factor.name, "vivace", factor.dtype, solver, steps) | judged(decibels)
     row |= {"compile_s": seconds, "peak_mb": growth.megabytes, "executor": session.executor.name}
     return Row(row, lambda: session(next(labels), plan=plan, latents=noise), steps / (timed or steps))

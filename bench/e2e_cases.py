@@ -30,6 +30,7 @@ from vivace.engine.plan import Plan
 from vivace.engine.planning import make_plan
 from vivace.metrics.quality import psnr
 from vivace.metrics.reference import reference_plan
+from vivace.models.quantized.given import advised
 
 TARGET = 30.0  # dB
 STEPS = (*range(5, 21), 22, 25, 28, 32, 36, 40, 45, 50)  # tried in this order
@@ -97,9 +98,19 @@ def _loaded(folder: Path, quantized: Path | None) -> Any:
 def compile_vivace(case: Case, plan: Plan, backend: str, dtype: str, *, hoist: bool = True) -> Any:
     """A session for the case's model, with torch's number of threads; "int8": quantized blocks, the rest bfloat16."""
     int8 = dtype == "int8"
-    pipe = _loaded(case.model.folder, int8_weights(case.model).get() / WEIGHTS if int8 else None)
+    pipe = _loaded(case.model.folder, _weights(case) if int8 else None)
     dtype = "bfloat16" if int8 else dtype
     return pipe.compile(plan, backend=backend, dtype=dtype, threads=torch.get_num_threads(), hoist=hoist)
+
+
+def planned(case: Case, dtype: str, solver: str, steps: int) -> Plan:
+    """The case's plan; of "int8" on quantized weights, as they advise."""
+    plan = case.plan(solver, steps)
+    return plan if dtype != "int8" else advised(plan, _loaded(case.model.folder, _weights(case)).quantized)
+
+
+def _weights(case: Case) -> Path:
+    return int8_weights(case.model).get() / WEIGHTS
 
 
 def vivace_latents(case: Case, session: Any, plan: Plan) -> Tensor:

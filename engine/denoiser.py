@@ -23,7 +23,7 @@ class Denoiser(Protocol):
     """A network the executors can run. It holds weights only; everything of a request is an argument.
 
     models: names of its networks as plans call them, "main" first; precisions: in which `evaluate` runs blocks, where
-    a variant names them.
+    a variant names them; digest: of the quantized weights it has for that, "" without.
     """
 
     spec: ModelSpec
@@ -31,6 +31,7 @@ class Denoiser(Protocol):
     dtype: torch.dtype
     models: tuple[str, ...]
     precisions: frozenset[str]
+    digest: str
 
     def encode(self, prompt: Any) -> Any:
         """The condition of a prompt, opaque to the engine. Raises PromptError before any work starts."""
@@ -191,6 +192,7 @@ class CallableDenoiser:
 
     models: tuple[str, ...] = ("main",)
     precisions: frozenset[str] = frozenset()
+    digest: str = ""
 
     def __init__(self, call: Callable[..., Tensor], prediction: str, shape: tuple[int, ...], like: Tensor) -> None:
         self.call = call

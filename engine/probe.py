@@ -60,7 +60,8 @@ class Probe:
         }
         key |= {"dtype": str(denoiser.dtype), "machine": machine(denoiser.device)}
         rules = [[*rule.blocks, rule.site, rule.precision] for rule in variant.rules]
-        return {**key, "shape": self.shape, "branches": variant.branches, "precisions": rules}
+        weights = self.denoiser.digest if rules else ""
+        return {**key, "shape": self.shape, "branches": variant.branches, "precisions": rules, "weights": weights}
 
     def _kept(self, variant: Variant) -> Found | None:
         key = self._key(variant)

@@ -40,7 +40,12 @@ static void int8_norm_rows_of(const Int8NormModulateArgs& args, int64_t sample, 
     };
     if (at_once) {
       const RowNorm next = sums(token + 1);
-      const auto body = [&](const auto& put) { each([&](auto, auto store_at, F y) { put(store_at, y); }); };
+      const auto body = [&](const auto& put) {
+        each([&](auto load_at, auto store_at, F y) {
+          store_at(scratch, y);
+          put(store_at, load_at(scratch));  // not y, which may have lanes beyond the row
+        });
+      };
       write_given(body, width, divisor, q, scale);
       now = next;
       continue;

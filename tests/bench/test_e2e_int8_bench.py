@@ -20,6 +20,7 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setattr(e2e_int8, "int8_weights", lambda model: weights)
     monkeypatch.setattr(e2e_int8, "STEPS", 4)
     monkeypatch.setattr(e2e_int8, "PICTURES", {True: 3, False: 3})
+    e2e_int8.measured.cache_clear()
 
 
 def test_shares_cover_every_evaluation_once():
@@ -37,6 +38,11 @@ def test_the_claim_is_the_row_of_int8_everywhere():
     noise = [row for row in data["rows"] if row["op"] == "int8 noise"]
     assert [row["independent"] for row in noise] == [noise_gain(1, k) for k in e2e_int8.AHEAD]
     assert all(row["gain"] > 0 and -1 <= row["correlation"] <= 1 for row in noise)
+
+
+def test_the_frechet_claim_is_of_the_same_pictures():
+    (claim,) = bench.run("e2e", claim="e2e.emoji_int8_frechet_change", quick=True)["claims"]
+    assert claim["value"] >= 0 and claim["n"] == 3 and claim["holds"] == (claim["value"] <= e2e_int8.CLOSE)
 
 
 def test_pictures_do_not_depend_on_how_many_are_in_flight(monkeypatch):

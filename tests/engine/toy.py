@@ -15,6 +15,7 @@ class Toy:
 
     models = ("main",)
     precisions = frozenset()
+    digest = ""
 
     def __init__(self, prediction="v", coupled=False):
         self.spec = ModelSpec("toy", "0" * 64, prediction, SHAPE, 4, (4, 4))

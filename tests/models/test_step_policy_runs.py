@@ -8,6 +8,7 @@ import torch
 import vivace
 from vivace.engine.interchange import apply_step_policy, to_step_policy
 from vivace.errors import UnsupportedError
+from vivace.models.quantized.given import advised
 from vivace.models.quantized.plain import round_layers
 
 POLICY = {
@@ -58,13 +59,22 @@ def test_rows_that_say_nothing_keep_the_bits_of_the_plain_model(weights):
     assert torch.equal(*seen)
 
 
-def test_a_plan_without_precisions_runs_on_the_weights_as_they_advise(weights):
-    pipe = vivace.load("emoji", quantized=replace(weights, advice={"last": 1, "high": "bf16"}))
-    plan = vivace.make_plan(pipe.spec.schedule, "ddim", 3, prediction=pipe.spec.prediction)
-    session = pipe.compile(plan)
-    assert session("red heart").receipt.precisions == {"int8": 2, "bf16": 1}
-    own = vivace.passes.apply_precision(plan, "fp32")
-    assert session("red heart", plan=own).receipt.precisions == {"fp32": 3}
+def test_advice_never_takes_more_than_a_quarter_of_a_plan_at_an_end(weights):
+    pipe = vivace.load("emoji", quantized=replace(weights, advice={"first": 1, "last": 3, "high": "bf16"}))
+    for steps, expected in ((3, {"int8": 3}), (8, {"bf16": 3, "int8": 5})):
+        plan = advised(vivace.make_plan(pipe.spec.schedule, "ddim", steps, prediction="v"), pipe.quantized)
+        receipt = pipe.compile(plan)("red heart").receipt
+        assert receipt.precisions == expected
+
+
+def test_a_row_of_which_the_weights_hold_nothing_is_refused(weights):
+    held = {name: layer for name, layer in weights.layers.items() if name.startswith("blocks.5.")}
+    pipe = vivace.load("emoji", quantized=replace(weights, layers=held))
+    plan = vivace.make_plan(pipe.spec.schedule, "ddim", 2, prediction="v")
+    for backend in ("eager", "cpu"):
+        with pytest.raises(vivace.VivaceError, match="hold no linear"):
+            pipe.compile(vivace.passes.apply_precision(plan, "int8", blocks=(0, 1)), backend=backend)("red heart")
+        pipe.compile(vivace.passes.apply_precision(plan, "int8"), backend=backend)("red heart")
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "auto"])

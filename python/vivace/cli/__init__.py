@@ -244,10 +244,11 @@ def profile(
 ) -> None:
     """Where the time goes: per phase, row and kernel."""
     from vivace.models.pipe import load
+    from vivace.models.quantized.given import advised
     from vivace.profile.request import profile_request
 
     pipe = load(model, quantized=quantized)
-    chosen = pipe.choose_plan(plan, solver, steps, guidance)
+    chosen = advised(pipe.choose_plan(plan, solver, steps, guidance), pipe.quantized)
     report = profile_request(pipe.compile(chosen, backend=backend, threads=threads), prompt, n=n, trace=trace)
     _print(report.to_dict(top), report.table(top), as_json)
 

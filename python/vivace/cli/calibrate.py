@@ -37,7 +37,7 @@ def calibrate_model(
     check_folder(out)
     asked = None if prompts is None else read_lines(prompts)
     recipe_of(recipe)
-    pipe = load(model)
+    pipe = load(model, dtype="float32")
     chosen = pipe.choose_plan(plan, solver, steps, guidance)
     start = time.perf_counter()
     with progress_bars() as progress:

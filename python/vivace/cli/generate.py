@@ -45,6 +45,10 @@ def generate_pictures(
     pictures.check_writable(out)
     pipe = load(model, quantized=quantized)
     chosen = pipe.choose_plan(plan, solver, steps, guidance)
+    if quantized is not None:
+        from vivace.models.quantized.given import advised
+
+        chosen = advised(chosen, pipe.quantized)
     results = _run(pipe, chosen, prompts, n=n, seed=seed, guidance=guidance, backend=backend, threads=threads)
     images = [frame for result in results for image in result.images for frame in _frames(image)]
     sheet = images[0] if len(images) == 1 else pictures.grid(images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
 from threading import Lock
@@ -56,6 +56,11 @@ class ClassDenoiser:
     def precisions(self) -> frozenset[str]:
         """In which `evaluate` runs blocks, where a variant names them."""
         return honoured(self.quantized)
+
+    @property
+    def digest(self) -> str:
+        """Of the quantized weights, "" without."""
+        return self.stand_ins.digest
 
     def encode(self, prompt: str | int | None) -> Match:
         """The class of a prompt; None or "" is the null label. Raises PromptError with suggestions."""
@@ -153,8 +158,6 @@ class Pipe:
     ) -> Session:
         """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
 
-        With quantized weights, plans that say nothing of precision run on these as they advise.
-
         Args:
             backend: "eager", "cpu" or "cuda_graph"; one asked for by name that cannot run here is an error. "auto" is
                 the compiled one of the device where it can run the model, else eager; the receipt says why.
@@ -169,7 +172,6 @@ class Pipe:
 
         from vivace.engine.executors import make_executor
         from vivace.engine.session import Session
-        from vivace.models.quantized.given import advised
 
         check_counts(threads=threads, batch=batch)
         place = device_of(device)
@@ -182,7 +184,7 @@ class Pipe:
             state_dtype=torch.float64 if denoiser.dtype == torch.float64 else torch.float32,
             threads=threads,
             batch=batch,
-            expand=lambda given: advised(_at_its_shape(denoiser.spec, given), self.quantized),
+            expand=partial(_at_its_shape, denoiser.spec),
         )
 
     def _quantized_on(self, device: torch.device) -> QuantizedWeights | None:

@@ -7,6 +7,7 @@ from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from vivace.errors import StateError
 from vivace.models.dit import DiT
 from vivace.models.versions import stamp
 
@@ -30,6 +31,8 @@ def kept(model: DiT, name: str, make: Callable[[DiT], Made]) -> Made:
         if made is None:
             made = _KEPT[model] = {"stamp": stamp(model)}
         if name not in made:
+            if stamp(model) != made["stamp"]:
+                raise StateError("the model's weights were changed since it was compiled; compile it again")
             made[name] = make(model)
         value: Made = made[name]
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -59,18 +59,20 @@ def why_not(model: DiT, variant: Variant, quantized: QuantizedWeights | None) ->
             return "fp8 has kernels on CUDA only"
         if name in QUANTIZED and (quantized is None or quantized.format != name):
             return f"the model was loaded without {name} weights"
-        if name in QUANTIZED and quantized is not None and not known(quantized, model):
-            return f"the {name} weights hold no linear of a block of this network"
     try:
-        precisions_of(variant, len(model.layers()))
+        kinds = precisions_of(variant, len(model.layers()))
     except UnsupportedError as error:
         return str(error)
+    asked = [
+        f"blocks.{i}.{part}"
+        for i, pair in enumerate(kinds)
+        for half, name in zip(HALVES, pair, strict=True)
+        if name in QUANTIZED
+        for part in half
+    ]
+    if asked and quantized is not None and not any(name in quantized.layers for name in asked):
+        return "the weights hold no linear of the blocks that it names"
     return None
-
-
-def known(quantized: QuantizedWeights, model: DiT) -> Sequence[str]:
-    """Names of the model's linears that are quantized."""
-    return [name for name in layer_names(len(model.layers())) if name in quantized.layers]
 
 
 def nearest(model: DiT) -> QuantizedWeights:

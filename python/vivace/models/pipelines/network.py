@@ -86,6 +86,11 @@ class NetworkDenoiser:
         """In which rows run, where a plan names precisions."""
         return self.stand_ins.precisions
 
+    @property
+    def digest(self) -> str:
+        """Of the quantized weights, "" without."""
+        return self.stand_ins.digest
+
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be staged; None when it can."""
         if variant.model not in self.networks:

@@ -37,7 +37,7 @@ from vivace.models.pipelines.network import NetworkDenoiser
 from vivace.models.pipelines.planned import expert_boundary
 from vivace.models.pipelines.prompting import Prompting
 from vivace.models.pipelines.sources import NETWORK_FOLDERS, check_weights, resolve
-from vivace.models.quantized.given import advised, network_of, weights_of
+from vivace.models.quantized.given import network_of, weights_of
 from vivace.models.quantized.stand_in import StandIns
 from vivace.models.quantized.weights import QuantizedWeights
 
@@ -180,7 +180,7 @@ class ForeignPipe(ABC):
             threads=threads,
             batch=batch,
             probed=why is None,
-            expand=lambda given: advised(self._expanded(given).bind(denoiser.spec), self.quantized),
+            expand=lambda given: self._expanded(given).bind(denoiser.spec),
         )
         if why is not None:
             executor.one_by_one = why

@@ -66,7 +66,8 @@ def calibrate_quantization(
     Raises: ArgumentError, PlanError, PromptError, UnsupportedError.
     """
     chosen = recipe_of(recipe)
-    samples, groups = samples or chosen.samples, groups or chosen.groups
+    samples = chosen.samples if samples is None else samples
+    groups = chosen.groups if groups is None else groups
     for name, value in (("samples", samples), ("groups", groups), ("rows", rows)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"calibrate: {name} is {value!r}; a positive integer is needed")

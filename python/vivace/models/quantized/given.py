@@ -64,11 +64,14 @@ def _read(path: Path, network: Any, fingerprint: str) -> QuantizedWeights:
 def advised(plan: Plan, weights: QuantizedWeights | None) -> Plan:
     """The plan with its rows on these weights, as they advise, where it says nothing of precision itself.
 
+    Advice counts evaluations of the plan that was calibrated: a shorter one keeps high a quarter at either end at most.
+
     Raises: ModelError for advice that `apply_precision` does not take.
     """
     if weights is None or states_precision(plan):
         return plan
     try:
-        return apply_precision(plan, weights.format, **weights.advice)
+        ends = {name: min(count, plan.nfe // 4) for name, count in weights.advice.items() if name in ("first", "last")}
+        return apply_precision(plan, weights.format, **{**weights.advice, **ends})
     except TypeError as error:
         raise ModelError(f"quantized weights: their advice is of another release ({error}); quantize again") from None

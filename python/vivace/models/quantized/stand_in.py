@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def stand_in(network: Any, precisions: Precisions, weights: QuantizedWeights | N
     if missing := sorted(said - honoured(weights)):
         raise UnsupportedError(f"{missing[0]}: the model was loaded without {missing[0]} weights; load(quantized=...)")
     if isinstance(network, DiT):
+        layers_in(network, precisions, weights)
         return PreciseDiT.standing_for(network, precisions, {} if weights is None else weights.layers)
     wanted = layers_in(network, precisions, weights)
     return replaced(network, {name: _twin(network.get_submodule(name), name, wanted, weights) for name in wanted})
@@ -89,7 +90,14 @@ def layers_in(network: Any, precisions: Precisions, weights: QuantizedWeights | 
         held = weights is not None and name in weights.layers
         if precision is not None and (held or precision not in QUANTIZED):
             found[name] = precision
+    check_held([name for pair in precisions for name in pair], list(found.values()))
     return found
+
+
+def check_held(said: Sequence[str | None], found: Sequence[str]) -> None:
+    """Raise UnsupportedError where a row names a quantized precision and no layer runs in it."""
+    if any(name in QUANTIZED for name in said) and not any(name in QUANTIZED for name in found):
+        raise UnsupportedError("the weights hold no linear of the blocks that the row names; quantize these too")
 
 
 def replaced(module: Any, others: Mapping[str, Any], path: str = "") -> Any:
@@ -121,6 +129,11 @@ class StandIns:
     def precisions(self) -> frozenset[str]:
         """In which blocks run, where a row names precisions."""
         return honoured(self.weights)
+
+    @property
+    def digest(self) -> str:
+        """Of the weights, "" without."""
+        return "" if self.weights is None else self.weights.digest
 
     def of(self, network: Any, variant: Variant) -> Any:
         """What runs a row of that variant: the network, or its stand-in. Raises UnsupportedError."""

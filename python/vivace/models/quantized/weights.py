@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from os import PathLike
 from typing import Any
 
@@ -110,6 +112,15 @@ class QuantizedWeights:
                 raise ShapeError(f"quantized weights: {name} has {counts}")
         if both := sorted(set(self.layers) & set(self.kept)):
             raise ModelError(f"quantized weights: {both[0]} is both quantized and kept high")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what decides how rows run: names, shapes, scales and vectors of all layers."""
+        found = sha256(f"{self.format} {self.edges}".encode())
+        for name, layer in sorted(self.layers.items()):
+            found.update(f"{name} {tuple(layer.weight.shape)} {sorted(layer.tensors)}".encode())
+            found.update(layer.weight_scale.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def groups(self) -> int:

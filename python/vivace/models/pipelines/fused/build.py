@@ -217,14 +217,17 @@ def structure(module: Any) -> tuple[Any, ...]:
 def build(module: Any, backend: str | None, pack: bool = False, given: Given | None = None) -> tuple[Any, FusedReport]:
     """The stand-in of `module` and the report; the module itself when its dtype or place rules our ops out."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    kind = type(module).__name__
+    kind, reason = type(module).__name__, None
     if parameter is None:
-        return module, FusedReport(left=(Left("", kind, "no parameters"),))
-    if parameter.dtype not in DTYPES:
+        reason = "no parameters"
+    elif parameter.dtype not in DTYPES:
         reason = f"dtype {str(parameter.dtype)[6:]}; our ops take float32 and bfloat16"
-        return module, FusedReport(left=(Left("", kind, reason),))
-    if module.training:
-        return module, FusedReport(left=(Left("", kind, "training mode; call eval()"),))
+    elif module.training:
+        reason = "training mode; call eval()"
+    if parameter is None or reason is not None:
+        if given is not None and given.layers:
+            raise UnsupportedError(f"{kind}: it cannot run in another precision: {reason}")
+        return module, FusedReport(left=(Left("", kind, reason or ""),))
     ops = Ops(parameter.dtype, parameter.device, backend)
     builder = Builder(ops, pack and parameter.device.type == "cpu" and "linear" in ops.choices, given)
     return builder.make("", module), builder.report()
