@@ -40,14 +40,14 @@ class Runner:
             "eps": (NORM_EPS, config.norm_eps, NORM_EPS),
             "dtype": self.dtype,
             "patches": self.packed(model.patches),
-            "blocks": [tuple(map(self.packed, (b.qkv, b.out, b.up, b.down))) for b in model.blocks],
+            "blocks": [(*map(self.packed, (b.qkv, b.out, b.up, b.down)), self.dtype, self.dtype) for b in model.blocks],
             "final": self.packed(model.final),
         }
 
     def packed(self, layer):
         weight, bias = pack_weight(layer.weight), None if layer.bias is None else layer.bias.float()
         self.kept += [weight, bias]
-        return weight.data_ptr(), *weight.shape, 0 if bias is None else bias.data_ptr()
+        return weight.data_ptr(), *weight.shape, self.dtype, 0 if bias is None else bias.data_ptr(), 0, 0
 
     def call(self, x, lanes, modulation, size, threads=2):
         """Arguments of `run` and its results [B, n, C, H, W]; modulation: raw, [B, n, 6L + 2, D] float32."""
@@ -69,6 +69,7 @@ class Runner:
             "size": size,
             "positions": positions.data_ptr(),
             "modulations": [modulation[b, j].data_ptr() for b in range(branches) for j in range(n)],
+            "x_scales": [],
             "outs": [outs[b].data_ptr() for b in range(branches)],
             "arena": arena.data_ptr(),
             "arena_bytes": need,
@@ -77,7 +78,7 @@ class Runner:
 
     def __call__(self, *args, **kwargs):
         arguments, outs = self.call(*args, **kwargs)
-        assert self.dit.run(**arguments) is None
+        assert self.dit.run(**arguments) == (None, -1)
         return outs
 
 
@@ -211,8 +212,8 @@ def call_of(runner, size, n, branches):
 def test_the_clock_counts_every_kind_of_stage():
     runner = Runner(make(SIZES["plain"], torch.float32))
     arguments, _ = runner.call(*call_of(runner, (8, 8), 1, 2))
-    clock = runner.dit.run(**arguments, clock=True)
-    assert len(clock) == 4 and all(part > 0 for part in clock)
+    clock, fault = runner.dit.run(**arguments, clock=True, check=True)
+    assert len(clock) == 5 and clock[3] == 0 and all(part > 0 for part in (*clock[:3], clock[4])) and fault == -1
 
 
 REFUSED = {
@@ -251,8 +252,8 @@ WRONG = {
     "dtype float64 has no kernel": {"dtype": "float64"},
     "eps is nan": {"eps": (1e-6, float("nan"), 1e-6)},
     "a model needs a block": {"blocks": []},
-    r"patches is \[32, 13\]; needs \[32, 12\]": {"patches": (64, 32, 13, 0)},
-    "final has no memory aligned": {"final": (63, 12, 32, 0)},
+    r"patches is \[32, 13\]; needs \[32, 12\]": {"patches": (64, 32, 13, "float32", 0, 0, 0)},
+    "final has no memory aligned": {"final": (63, 12, 32, "float32", 0, 0, 0)},
 }
 
 

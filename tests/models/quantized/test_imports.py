@@ -1,6 +1,7 @@
 """Checkpoints of other tools, made by hand in their formats (and by torchao itself where it is installed)."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ def sd3():
 
 
 @pytest.fixture(scope="module")
-def dit(tiny_folder):
+def dit(tiny_folder, tmp_path_factory):
     """A folder that opens as the native DiT, and the linears of its diffusers twin."""
     diffusers = pytest.importorskip("diffusers")
-    (tiny_folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
-    return tiny_folder, linears_of(diffusers.AutoModel.from_pretrained(str(tiny_folder)))
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("dit") / "transformer")
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    return folder, linears_of(diffusers.AutoModel.from_pretrained(str(folder)))
 
 
 def linears_of(network):

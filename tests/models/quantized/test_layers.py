@@ -201,9 +201,16 @@ def test_rules_reach_the_blocks_and_halves_they_name(dit):
 
 def test_layers_that_are_kept_high_run_in_bfloat16(dit):
     model, weights, _, call = dit
-    none = replace(weights, layers={})
-    int8, bf16 = (stand_in(model, row_of(3, (0, 3, "block", name)), none)(*call) for name in ("int8", "bf16"))
-    assert torch.equal(torch.cat(int8), torch.cat(bf16))
+    some = replace(weights, layers={name: layer for name, layer in weights.layers.items() if name[:8] == "blocks.2"})
+    row = (0, 2, "block", "bf16"), (2, 3, "block", "int8")
+    int8, mixed = (stand_in(model, row_of(3, *rows), some)(*call) for rows in (((0, 3, "block", "int8"),), row))
+    assert torch.equal(torch.cat(int8), torch.cat(mixed))
+
+
+def test_a_row_of_which_nothing_is_held_is_refused(dit):
+    model, weights, _, _ = dit
+    with pytest.raises(UnsupportedError, match="hold no linear"):
+        stand_in(model, row_of(3, (0, 3, "block", "int8")), replace(weights, layers={}))
 
 
 def test_a_sample_has_the_same_bits_alone_and_in_a_batch(dit):
