@@ -19,8 +19,8 @@ from vivace.engine.passes import apply_precision
 from vivace.errors import ArgumentError, ModelError, UnsupportedError
 from vivace.models.quantized.calibrate import VECTOR, calibrate_quantization, plan_of, prompts_of, samples_of
 from vivace.models.quantized.collect import Recorder, collect_inputs, evaluate
-from vivace.models.quantized.quantize import ASKED, quantize_layers
-from vivace.models.quantized.reach import OUTSIDE, block_linears, denoiser_of, network_of, with_linears
+from vivace.models.quantized.quantize import quantize_layers
+from vivace.models.quantized.reach import ASKED, OUTSIDE, block_linears, denoiser_of, network_of, with_linears
 from vivace.models.quantized.recipes import RECIPES, Recipe, recipe_of
 from vivace.models.quantized.stand_in import stand_in
 from vivace.models.quantized.weights import QuantizedWeights

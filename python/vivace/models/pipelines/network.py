@@ -123,7 +123,7 @@ class NetworkDenoiser:
         count = len(call.lanes)
         wanted = [(n, branch) for branch in variant.branches for n in range(count)]
         inputs = [call.conditions[n].branch(branch) for n, branch in wanted]
-        group_of = self.stand_ins.group_of(variant)
+        network, group_of = self.stand_ins.of(self.networks[variant.model], variant), self.stand_ins.group_of(variant)
         groups: dict[Any, list[int]] = {}
         for position, row in enumerate(inputs):
             group = None if group_of is None else group_of(call.timesteps[position % count])
@@ -139,7 +139,6 @@ class NetworkDenoiser:
             tensors[self.manner.time] = (_sendable(times, call.x.device),)
             if group is not None:
                 tensors[GROUP] = (_sendable(torch.tensor([group]), call.x.device),)
-            network = self.stand_ins.of(self.networks[variant.model], variant)
             key = (variant.model, id(network), size, tuple(call.x.shape[1:]), call.x.dtype, signature)
             forward = self._forward(network, inputs[positions[0]])
             pieces.append(Piece(key, tensors, forward, (*positions, *[-1] * (size - len(positions)))))

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
-from vivace.errors import ArgumentError
 from vivace.models.quantized.formats import codes, most_of, scale_of, stored
-from vivace.models.quantized.reach import block_linears, denoiser_of, network_of
+from vivace.models.quantized.reach import asked, block_linears, denoiser_of, network_of
 from vivace.models.quantized.weights import QuantizedLayer, QuantizedWeights
 
 # Words in the path of layers that read one vector a sample.
 VECTORS = {"norm", "mod", "modulation", "emb", "embed", "embedder", "embedding", "adaln"}
 MODULATES = "modulates its block from one vector a sample, by its name"
-ASKED = "kept high as asked"
 
 
 def round_layers(pipe: Any, *, format: str = "int8", high: Sequence[str] = ()) -> QuantizedWeights:
@@ -29,12 +26,7 @@ def round_layers(pipe: Any, *, format: str = "int8", high: Sequence[str] = ()) -
     most_of(format)
     linears = block_linears(network_of(denoiser_of(pipe)))
     kept = {name: MODULATES for name in linears if VECTORS & set(re.split(r"[._\d]+", name.lower()))}
-    for pattern in high:
-        found = [name for name in linears if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
-        if not found:
-            some = ", ".join(list(linears)[:4])
-            raise ArgumentError(f"quantize: high {pattern!r} names no layer; layers are {some}, ...")
-        kept |= dict.fromkeys(found, ASKED)
+    kept |= asked(list(linears), high)
     layers = {}
     for name, linear in linears.items():
         if name not in kept:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -21,13 +20,12 @@ from vivace.models.quantized.clip import AT_ONCE, clip_scale
 from vivace.models.quantized.effects import advise, effects, of_rows
 from vivace.models.quantized.formats import codes, fake, most_of, stored, token_scale
 from vivace.models.quantized.gptq import gptq_codes
-from vivace.models.quantized.reach import block_linears, denoiser_of, network_of
+from vivace.models.quantized.reach import asked, block_linears, denoiser_of, network_of
 from vivace.models.quantized.recipes import ACTIVATIONS, ROUNDINGS, Recipe
 from vivace.models.quantized.sensitivity import HOW, Trial, keep_high, measure, through, whole_error
 from vivace.models.quantized.smooth import Migration, choose_migration
 from vivace.models.quantized.weights import QuantizedLayer, QuantizedWeights
 
-ASKED = "kept high as asked"
 ELEMENTS = AT_ONCE >> 4  # of a group's rows on which a static scale is searched
 
 
@@ -88,7 +86,7 @@ def quantize_layers(
     most_of(format)
     table.check(KIND, pipe.spec.fingerprint)
     denoiser = denoiser_of(pipe)
-    kept: dict[str, str] = {**table.metadata["kept"], **_asked(table.metadata["layers"], high)}
+    kept: dict[str, str] = {**table.metadata["kept"], **asked(table.metadata["layers"], high)}
     linears = _linears(network_of(denoiser), [name for name in table.metadata["layers"] if name not in kept])
     made: dict[str, Made] = {}
     for names in _of_one_input(table, list(linears)):
@@ -149,17 +147,6 @@ def _decide(
         told["error"] = {"predicted": found.predicted(list(left)), "measured": float(whole.square().mean().sqrt())}
         told["error"] |= {"by_group": whole.tolist()}
     return chosen, dict(advice), told
-
-
-def _asked(names: Sequence[str], high: Sequence[str]) -> dict[str, str]:
-    """Layers that the caller keeps high. Raises ArgumentError for a pattern that names none."""
-    kept: dict[str, str] = {}
-    for pattern in high:
-        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
-        if not found:
-            raise ArgumentError(f"quantize: high {pattern!r} names no layer; layers are {', '.join(names[:4])}, ...")
-        kept |= dict.fromkeys(found, ASKED)
-    return kept
 
 
 def _linears(network: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:

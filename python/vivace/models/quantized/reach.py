@@ -6,20 +6,22 @@ Nothing is patched: the network stays as it is for everybody else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from vivace.engine.denoiser import Denoiser
-from vivace.errors import UnsupportedError
+from vivace.errors import ArgumentError, UnsupportedError
 from vivace.models.dit import DiT
 from vivace.models.pipelines.network import NetworkDenoiser
 from vivace.models.pipelines.views import view
+from vivace.models.quantized.native import layer_names
 from vivace.models.quantized.stand_in import block_names, replaced
 
-NATIVE = ("qkv", "out", "up", "down")  # of a block of the native DiT
 OUTSIDE = "outside the blocks' products: an embedding, modulation or final layer"
+ASKED = "kept high as asked"
 
 
 def denoiser_of(pipe: Any) -> Denoiser:
@@ -61,10 +63,11 @@ def with_linears(denoiser: Denoiser, functions: Mapping[str, Callable[[Tensor], 
 def block_linears(network: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers inside the blocks by name, in order; of the native DiT those that read tokens."""
     blocks = block_names(network)
+    own = layer_names(len(blocks)) if isinstance(network, DiT) else None
     found = {}
     for name, module in network.named_modules():
         if type(module) is nn.Linear and any(name.startswith(f"{block}.") for block in blocks):
-            if not isinstance(network, DiT) or name.split(".")[2:] in [[part] for part in NATIVE]:
+            if own is None or name in own:
                 found[name] = module
     if not found:
         raise UnsupportedError(f"quantization: {type(network).__name__} has no linear layer in its blocks")
@@ -76,3 +79,14 @@ def other_linears(network: nn.Module) -> dict[str, str]:
     inside = block_linears(network)
     names = (name for name, module in network.named_modules() if isinstance(module, nn.Linear))
     return {name: OUTSIDE for name in names if name not in inside}
+
+
+def asked(names: Sequence[str], high: Sequence[str]) -> dict[str, str]:
+    """Layers that the caller keeps high, by name or pattern. Raises ArgumentError for one that names none."""
+    kept: dict[str, str] = {}
+    for pattern in high:
+        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        if not found:
+            raise ArgumentError(f"quantize: high {pattern!r} names no layer; layers are {', '.join(names[:4])}, ...")
+        kept |= dict.fromkeys(found, ASKED)
+    return kept

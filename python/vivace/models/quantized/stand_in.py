@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vivace.engine.plan import Variant
+from vivace.engine.plan import Rule, Variant
 from vivace.engine.precision import QUANTIZED, BlockPrecision, named, precisions_of
 from vivace.errors import ModelError, UnsupportedError
 from vivace.models.dit import DiT
@@ -124,6 +124,7 @@ class StandIns:
     def __init__(self, weights: QuantizedWeights | None = None) -> None:
         self.weights = weights
         self._made: dict[tuple[int, Precisions], tuple[Any, Any]] = {}
+        self._found: dict[tuple[int, tuple[Rule, ...]], tuple[Any, Any]] = {}  # by the rules of a row
 
     @property
     def precisions(self) -> frozenset[str]:
@@ -137,7 +138,14 @@ class StandIns:
 
     def of(self, network: Any, variant: Variant) -> Any:
         """What runs a row of that variant: the network, or its stand-in. Raises UnsupportedError."""
-        return self.kept(network, precisions_of(variant, len(block_names(network)))) if named(variant) else network
+        if not variant.rules:
+            return network
+        key = id(network), variant.rules
+        if key not in self._found:
+            said = bool(named(variant))
+            made = self.kept(network, precisions_of(variant, len(block_names(network)))) if said else network
+            self._found[key] = network, made
+        return self._found[key][1]
 
     def kept(self, network: Any, precisions: Precisions) -> Any:
         """`make`, called once."""
