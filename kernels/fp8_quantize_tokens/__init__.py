@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vivace.errors import DtypeError, ShapeError
-from vivace.kernels.linear.check import check_place
-from vivace.kernels.norm_modulate.check import dtype_name
-from vivace.kernels.quantize_tokens.check import check_given, check_smooth
+from vivace.kernels.quantize_tokens.check import check_rows
 from vivace.kernels.spec import TRITON, choose, define, load
 
 if TYPE_CHECKING:
@@ -15,7 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["fp8_quantize_tokens"]
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 ABSENT = "fp8 runs on CUDA, on GPUs of capability 8.9 or more"
 
 
@@ -40,18 +36,7 @@ def fp8_quantize_tokens(
     Raises: ShapeError, DtypeError, ArgumentError, BackendError.
     Source: Micikevicius et al. 2022, table 1 (e4m3); Xiao et al. 2023, eq. 3 (smoothing).
     """
-    dtype = dtype_name(x.dtype)
-    if dtype not in DTYPES:
-        raise DtypeError(
-            f"fp8_quantize_tokens: x is {dtype}, needs float32, bfloat16 or float16 (float64 in the reference)"
-        )
-    if not x.dim() or not x.shape[-1]:
-        raise ShapeError(f"fp8_quantize_tokens: x has shape {tuple(x.shape)}, needs [..., K] with K of 1 or more")
-    check_place("fp8_quantize_tokens", "x", x, x)
-    if smooth is not None:
-        check_smooth("fp8_quantize_tokens", smooth, x)
-    if scale is not None:
-        check_given("fp8_quantize_tokens", "scale", scale, x)
+    dtype = check_rows("fp8_quantize_tokens", x, smooth, scale)
     choice = choose(SPEC, x.device.type, dtype, backend)
     result: tuple[Tensor, Tensor] = load(SPEC, choice.backend)(x, smooth=smooth, scale=scale)
     return result

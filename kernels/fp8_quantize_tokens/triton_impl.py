@@ -10,10 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vivace.kernels.linear import triton_impl as product
-from vivace.kernels.linear.triton_impl import by_token
-from vivace.kernels.norm_modulate.triton_impl import place, read, row_block, rows, warps
-from vivace.kernels.philox_normal.triton_impl import on_device
-from vivace.kernels.quantize_tokens.check import by_sample
+from vivace.kernels.norm_modulate.triton_impl import place, read
+from vivace.kernels.quantize_tokens.triton_impl import launch, quotients, write_row
 from vivace.kernels.spec import interpreted
 
 LEAST_CAPABILITY = (8, 9)
@@ -32,26 +30,7 @@ def fp8_quantize_tokens(
     x: Tensor, *, smooth: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """s = max |x smooth| / 448 or the scale given; q = x smooth / s rounded to e4m3, half to even, one pass."""
-    q, step = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    if not x.numel():
-        return q, step
-    source = by_token(x)
-    batch, tokens, width = source.shape
-    block = row_block(width)
-    with on_device(x.device):
-        _fp8_quantize_tokens[batch * tokens,](
-            q,
-            step,
-            *rows(source),
-            smooth,
-            None if scale is None else by_sample(scale, x).contiguous(),
-            tokens,
-            width,
-            BLOCK=block,
-            num_warps=warps(block),
-            enable_fp_fusion=False,
-        )
-    return q, step
+    return launch(_fp8_quantize_tokens, torch.float8_e4m3fn, x, smooth, scale)
 
 
 @triton.jit
@@ -60,19 +39,8 @@ def _fp8_quantize_tokens(q, scale, x, x_sample, x_token, smooth, given, tokens, 
     i = tl.arange(0, BLOCK)
     here = i < width
     values = read(x + b * x_sample + n * x_token, i, here)
-    if smooth is not None:
-        values = values * read(smooth, i, here)
-    size = tl.abs(values)
-    finite = tl.min((size < float("inf")).to(tl.int32), axis=0) == 1  # NaN is not less than anything
-    step = tl.div_rn(tl.max(size, axis=0), tl.full([], 448.0, tl.float32))
-    step = tl.where(step == 0.0, 1.0, step)
-    if given is not None:
-        fixed = tl.load(given + b)
-        step = tl.where(fixed > 0.0, fixed, step)
-    nearest = _on_grid(tl.minimum(tl.maximum(tl.div_rn(values, step), -448.0), 448.0))
-    row = tl.program_id(0).to(tl.int64)
-    tl.store(q + row * width + i, tl.where(finite, nearest, 0.0).to(tl.float8e4nv), mask=here)
-    tl.store(scale + row, tl.where(finite, step, float("nan")))
+    quotient, step, finite = quotients(values, smooth, given, b, i, here, 448.0)
+    write_row(q, scale, _on_grid(quotient).to(tl.float8e4nv), step, finite, width, i, here)
 
 
 @triton.jit

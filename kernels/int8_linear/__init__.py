@@ -11,8 +11,8 @@ from vivace.errors import ArgumentError, DtypeError, ShapeError
 from vivace.kernels.linear.check import check_epilogue, check_place
 from vivace.kernels.linear.packed import PackedWeight
 from vivace.kernels.norm_modulate.check import dtype_name
-from vivace.kernels.quantize_tokens import DTYPES as QUANTIZED
 from vivace.kernels.quantize_tokens import quantize_tokens
+from vivace.kernels.quantize_tokens.check import DTYPES as QUANTIZED
 from vivace.kernels.quantize_tokens.check import check_smooth
 from vivace.kernels.spec import TRITON, choose, define, load
 

@@ -8,6 +8,26 @@ from vivace.errors import DtypeError, ShapeError
 from vivace.kernels.linear.check import check_place
 from vivace.kernels.norm_modulate.check import dtype_name
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_rows(op: str, x: Any, smooth: Any, scale: Any) -> str:
+    """Rows [B, ..., K] that are to be quantized, what multiplies them and scales given; returns the name of the dtype.
+
+    Raises: ShapeError, DtypeError, ArgumentError.
+    """
+    dtype = dtype_name(x.dtype)
+    if dtype not in DTYPES:
+        raise DtypeError(f"{op}: x is {dtype}, needs float32, bfloat16 or float16 (float64 in the reference)")
+    if not x.dim() or not x.shape[-1]:
+        raise ShapeError(f"{op}: x has shape {tuple(x.shape)}, needs [..., K] with K of 1 or more")
+    check_place(op, "x", x, x)
+    if smooth is not None:
+        check_smooth(op, smooth, x)
+    if scale is not None:
+        check_given(op, "scale", scale, x)
+    return dtype
+
 
 def check_smooth(op: str, smooth: Any, x: Any) -> None:
     """[K] beside x [..., K], float32 (float64 beside float64). Raises ShapeError, DtypeError, ArgumentError."""
