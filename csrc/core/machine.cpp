@@ -54,11 +54,12 @@ int64_t read_cache_bytes() {
 
 int usable_processors() {
   static const int quota = cgroup_quota();
-  int count = static_cast<int>(std::thread::hardware_concurrency());
+  int count = 0;
 #ifdef __linux__
   cpu_set_t set;  // read every time: affinity may change while the process runs
   if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
 #endif
+  if (count == 0) count = static_cast<int>(std::thread::hardware_concurrency());  // reads a file: some 10 us
   if (quota > 0) count = std::min(count, quota);
   return std::max(1, count);
 }

@@ -1,6 +1,7 @@
 #include "core/thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +21,10 @@ namespace {
 // Waking a sleeping thread costs some 40 us, the time one core moves 4 MiB in cache. Solver step on two cores, us with
 // one thread / two, data in cache where it fits: 2 MiB 22 / 36, 8 MiB 73 / 78, 16 MiB 135 / 121, 32 MiB 409 / 271.
 constexpr int64_t kOneThreadBytes = int64_t{16} << 20;
+
+// A helper looks for its next call for some 30 us before it sleeps, and gives its processor to whoever wants it
+// meanwhile: an int8_linear of 0.45 ms after another one, on two threads, takes 20 us less.
+constexpr int kTurns = 16;
 
 struct Call {
   void (*work)(void*, int);
@@ -60,9 +65,10 @@ class ThreadPool {
 
   void serve(int member) {
     Processors place;
+    const auto called = [&] { return called_[member].load(std::memory_order_relaxed); };
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_[member].wait(lock, [&] { return called_[member]; });
+      wake_[member].wait(lock, called);
       called_[member] = false;
       active_.fetch_add(1, std::memory_order_relaxed);
       const Call call = call_;
@@ -71,6 +77,9 @@ class ThreadPool {
       call.work(call.context, member);
       lock.lock();
       if (active_.fetch_sub(1, std::memory_order_release) == 1) idle_.notify_one();
+      lock.unlock();
+      for (int turn = 0; turn < kTurns && !spin_until(called, kSpins / kTurns); ++turn) sched_yield();
+      lock.lock();
     }
   }
 
@@ -78,8 +87,8 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_[kMostThreads], idle_;
   Call call_{};
-  bool called_[kMostThreads] = {};
-  std::atomic<int> active_{0};  // changed under the mutex
+  std::atomic<bool> called_[kMostThreads] = {};  // set under the mutex
+  std::atomic<int> active_{0};                   // changed under the mutex
   int started_ = 0;
 };
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vivace.errors import ArgumentError, DtypeError, ShapeError
 from vivace.kernels.fp8_quantize_tokens import ABSENT
-from vivace.kernels.linear.check import check_epilogue, check_place
+from vivace.kernels.linear.check import check_epilogue, check_scales, result_dtype
 from vivace.kernels.norm_modulate.check import dtype_name
 from vivace.kernels.quantize_tokens.check import check_smooth
 from vivace.kernels.spec import TRITON, choose, define, load
@@ -19,7 +19,6 @@ __all__ = ["fp8_linear"]
 
 FORMAT = "float8_e4m3fn"
 INPUTS = ("float32", "bfloat16", "float16", "float64")  # quantized in the call
-RESULTS = ("float32", "bfloat16", "float16", "float64")
 TOLERANCE = 2.0**-8  # of results of about unit size: what the matrix units of sm_89 and sm_90 leave of float32
 
 
@@ -63,10 +62,11 @@ def fp8_linear(
     Source: Micikevicius et al. 2022 (e4m3); DeepSeek-AI 2024, section 3.3.2 (sums of the matrix unit).
     """
     _check_numbers(x, weight, x_scale, weight_scale, smooth)
-    shape, dtype = (*x.shape[:-1], len(weight)), _result_dtype(x, weight_scale, out, out_dtype)
+    shape = (*x.shape[:-1], weight.shape[0])
+    dtype = result_dtype("fp8_linear", x, x_scale, weight_scale, out, out_dtype)
     check_epilogue("fp8_linear", x, shape, dtype, activation, bias, gate, residual, out)
     choice = choose(SPEC, x.device.type, dtype_name(dtype), backend)
-    if not x.numel() or not len(weight):
+    if 0 in shape:
         return x.new_empty(shape, dtype=dtype) if out is None else out
     options = {"activation": activation, "gate": gate, "residual": residual, "smooth": smooth, "out": out}
     result: Tensor = load(SPEC, choice.backend)(x, weight, x_scale, weight_scale, bias, **options, out_dtype=dtype)
@@ -84,38 +84,13 @@ def _check_numbers(x: Any, weight: Any, x_scale: Any, weight_scale: Any, smooth:
     if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[-1] or not x.shape[-1]:
         sizes = f"{tuple(x.shape)} and weight {tuple(weight.shape)}"
         raise ShapeError(f"fp8_linear: x has shape {sizes}, need [..., K] and [N, K], K of 1 or more")
-    scales = (("x_scale", x_scale, x.shape[:-1]), ("weight_scale", weight_scale, weight.shape[:1]))
-    for name, scale, shape in scales:
-        if scale is None:
-            continue
-        if scale.shape != shape:
-            raise ShapeError(f"fp8_linear: {name} has shape {tuple(scale.shape)}, needs {tuple(shape)}")
-        if dtype_name(scale.dtype) not in ("float32", "float64") or dtype_name(scale.dtype) != wide:
-            raise DtypeError(f"fp8_linear: {name} is {dtype_name(scale.dtype)}, needs float32 (or float64, both)")
+    check_scales("fp8_linear", x, weight, x_scale, weight_scale, weight_scale.dtype)
     if x_scale is None and (kind == "float64") != (wide == "float64"):
         raise DtypeError(f"fp8_linear: x is {kind} beside scales in {wide}; float64 goes with float64 alone")
     if smooth is not None:
         if x_scale is not None:
             raise ArgumentError("fp8_linear: smooth is for an x that is quantized here; this one has x_scale")
         check_smooth("fp8_linear", smooth, x)
-    for name, tensor in (("x", x), ("weight", weight), ("x_scale", x_scale), ("weight_scale", weight_scale)):
-        if tensor is not None:
-            check_place("fp8_linear", name, tensor, x)
-
-
-def _result_dtype(x: Any, weight_scale: Any, out: Any, out_dtype: Any) -> Any:
-    """The dtype of the result. Raises DtypeError."""
-    import torch
-
-    double = weight_scale.dtype == torch.float64
-    if out_dtype is None:
-        own = torch.bfloat16 if dtype_name(x.dtype) == FORMAT else x.dtype
-        out_dtype = out.dtype if out is not None else torch.float64 if double else own
-    name = dtype_name(out_dtype)
-    if name not in RESULTS or (name == "float64") != double:
-        needs = "float64 of float64 scales" if double else "float32, bfloat16 or float16 of float32 scales"
-        raise DtypeError(f"fp8_linear: the result is to be {name}, needs {needs}")
-    return out_dtype
 
 
 SPEC = define("fp8_linear", tolerance=TOLERANCE, backends=(TRITON,), absent=ABSENT)

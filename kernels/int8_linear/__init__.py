@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vivace.errors import ArgumentError, DtypeError, ShapeError
-from vivace.kernels.linear.check import check_epilogue, check_place
+from vivace.kernels.linear.check import check_epilogue, check_scales, result_dtype
 from vivace.kernels.linear.packed import PackedWeight
 from vivace.kernels.norm_modulate.check import dtype_name
 from vivace.kernels.quantize_tokens import quantize_tokens
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["int8_linear"]
 
 MOST_DEPTH = (1 << 17) - 1  # products of two numbers in [-128, 127] whose sum int32 always holds
-RESULTS = ("float32", "bfloat16", "float16", "float64")
 
 
 def int8_linear(
@@ -64,12 +63,13 @@ def int8_linear(
     Source: Dettmers et al. 2022, section 2.1 (vector-wise scales); Xiao et al. 2023 (W8A8).
     """
     _check_operands(x, weight, x_scale, weight_scale)
-    _check_smooth(x, x_scale, smooth)
-    shape = (*x.shape[:-1], len(weight))
-    dtype = _result_dtype(x, weight_scale, out, out_dtype)
+    if smooth is not None:
+        _check_smooth(x, x_scale, smooth)
+    shape = (*x.shape[:-1], weight.shape[0])
+    dtype = result_dtype("int8_linear", x, x_scale, weight_scale, out, out_dtype)
     check_epilogue("int8_linear", x, shape, dtype, activation, bias, gate, residual, out)
     choice = choose(SPEC, x.device.type, dtype_name(dtype), backend)
-    if not x.numel() or not len(weight):
+    if 0 in shape:
         return x.new_empty(shape, dtype=dtype) if out is None else out
     options: dict[str, Any] = {"activation": activation, "gate": gate, "residual": residual, "out": out}
     if choice.backend == TRITON:
@@ -90,8 +90,6 @@ def _on_the_gpu(x: Tensor, weight: Any, x_scale: Tensor | None, smooth: Tensor |
 
 def _check_smooth(x: Any, x_scale: Any, smooth: Any) -> None:
     """Raises ShapeError, DtypeError, ArgumentError."""
-    if smooth is None:
-        return
     if x_scale is not None:
         raise ArgumentError("int8_linear: smooth is for x that is quantized here, this one is int8 already")
     check_smooth("int8_linear", smooth, x)
@@ -103,44 +101,19 @@ def _check_operands(x: Any, weight: Any, x_scale: Any, weight_scale: Any) -> Non
         raise DtypeError(f"int8_linear: x is {name}, {_needs(name, x_scale)}")
     if dtype_name(weight.dtype) != "int8":
         raise DtypeError(f"int8_linear: weight is {dtype_name(weight.dtype)}, needs int8; see quantize_tokens")
-    if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[-1]:
-        raise ShapeError(
-            f"int8_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, need [..., K] and [N, K]"
-        )
-    if not 1 <= x.shape[-1] <= MOST_DEPTH:
-        raise ShapeError(f"int8_linear: K is {x.shape[-1]}, needs 1 to {MOST_DEPTH}, whose sums int32 holds")
-    wide = dtype_name((weight_scale if x_scale is None else x_scale).dtype)
-    for name, scale, shape in (("x_scale", x_scale, x.shape[:-1]), ("weight_scale", weight_scale, weight.shape[:1])):
-        if scale is None:
-            continue
-        if scale.shape != shape:
-            raise ShapeError(f"int8_linear: {name} has shape {tuple(scale.shape)}, needs {tuple(shape)}")
-        if dtype_name(scale.dtype) not in ("float32", "float64") or dtype_name(scale.dtype) != wide:
-            raise DtypeError(f"int8_linear: {name} is {dtype_name(scale.dtype)}, needs float32 (or float64, both)")
-    for name, tensor in (("x", x), ("weight", weight), ("x_scale", x_scale), ("weight_scale", weight_scale)):
-        if tensor is not None:
-            check_place("int8_linear", name, tensor, x)
+    shape, sizes = x.shape, weight.shape
+    if not shape or len(sizes) != 2 or shape[-1] != sizes[1]:
+        raise ShapeError(f"int8_linear: x has shape {tuple(shape)} and weight {tuple(sizes)}, need [..., K] and [N, K]")
+    if not 1 <= sizes[1] <= MOST_DEPTH:
+        raise ShapeError(f"int8_linear: K is {sizes[1]}, needs 1 to {MOST_DEPTH}, whose sums int32 holds")
+    wide = (weight_scale if x_scale is None else x_scale).dtype
+    check_scales("int8_linear", x, weight, x_scale, weight_scale, wide)
 
 
 def _needs(name: str, x_scale: Any) -> str:
     if x_scale is not None:
         return "needs int8 beside an x_scale; without one it is quantized here"
     return "needs its x_scale" if name == "int8" else f"needs int8, or without an x_scale one of {', '.join(QUANTIZED)}"
-
-
-def _result_dtype(x: Any, weight_scale: Any, out: Any, out_dtype: Any) -> Any:
-    """The dtype of the result. Raises DtypeError."""
-    import torch
-
-    double = weight_scale.dtype == torch.float64
-    if out_dtype is None:
-        own = x.dtype if x.is_floating_point() else torch.bfloat16
-        out_dtype = out.dtype if out is not None else torch.float64 if double else own
-    name = dtype_name(out_dtype)
-    if name not in RESULTS or (name == "float64") != double:
-        needs = "float64 of float64 scales" if double else "float32, bfloat16 or float16 of float32 scales"
-        raise DtypeError(f"int8_linear: the result is to be {name}, needs {needs}")
-    return out_dtype
 
 
 SPEC = define("int8_linear")

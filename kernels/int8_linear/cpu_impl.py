@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from vivace import _C
-from vivace.kernels.gelu.cpu_impl import by_rows
-from vivace.kernels.linear.cpu_impl import ACTIVATION_CODES, Results
+from vivace.kernels.linear.cpu_impl import ACTIVATION_CODES, Results, placed
 from vivace.kernels.linear.packed import CODES, PackedWeight, pack_weight
 from vivace.kernels.norm_modulate.check import dtype_name
 from vivace.kernels.philox_normal.cpu_impl import chosen_isa
@@ -42,23 +41,22 @@ def int8_linear(
     packed = weight if isinstance(weight, PackedWeight) else pack_weight(weight)
     if out is None:
         out = x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=out_dtype or torch.bfloat16)
-    source = by_rows(x.float() if x.dtype == torch.float16 else x)
-    by_row = None if x_scale is None else x_scale.contiguous()
-    to, by_column = Results(out, bias, gate, residual), weight_scale.contiguous()
-    factor = None if smooth is None else smooth.contiguous()
-    samples, tokens, _ = source.stride()
+    wide = x if x.dtype != torch.float16 else x.float()
+    source, where, sizes = placed(wide, CODES[dtype_name(wide.dtype)])
+    by_row = x_scale if x_scale is None or x_scale.is_contiguous() else x_scale.contiguous()
+    to = Results(out, bias, gate, residual)
     _C.int8_linear(
         to.rows,
-        (source.data_ptr(), CODES[dtype_name(source.dtype)], samples, tokens),
+        where,
         0 if by_row is None else by_row.data_ptr(),
-        0 if factor is None else factor.data_ptr(),
+        0 if smooth is None else smooth.data_ptr(),
         packed.numbers,
-        by_column.data_ptr(),
+        weight_scale.data_ptr(),
         to.bias,
         ACTIVATION_CODES[activation],
         to.gate,
         to.residual,
-        source.shape,
+        sizes,
         torch.get_num_threads(),
     )
     return to.written()

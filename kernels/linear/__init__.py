@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vivace.errors import DtypeError, ShapeError
-from vivace.kernels.linear.check import check_epilogue, check_place
+from vivace.kernels.linear.check import RESULTS, check_epilogue, check_place
 from vivace.kernels.linear.packed import PackedWeight, pack_weight
 from vivace.kernels.norm_modulate.check import dtype_name
 from vivace.kernels.spec import choose, define, load
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedWeight", "linear", "pack_weight"]
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = RESULTS  # of x too
 
 
 def linear(
@@ -66,24 +66,27 @@ def linear(
 
 def _check_product(x: Any, weight: Any) -> tuple[tuple[int, ...], str]:
     """Shape of the result and name of the dtype of x. Raises ShapeError, DtypeError, ArgumentError."""
-    dtype, sizes = dtype_name(x.dtype), tuple(weight.shape)
-    if not x.shape:
+    dtype, shape, sizes = dtype_name(x.dtype), x.shape, weight.shape
+    if not shape:
         raise ShapeError("linear: x has no axis, needs [..., K]")
     if dtype not in DTYPES:
         raise DtypeError(f"linear: x is {dtype}, needs one of {DTYPES}")
-    if len(sizes) != 2 or sizes[1] != x.shape[-1] or not sizes[1]:
-        raise ShapeError(f"linear: weight has shape {sizes}, needs [N, {x.shape[-1]}] for x {tuple(x.shape)}, K > 0")
+    if len(sizes) != 2 or sizes[1] != shape[-1] or not sizes[1]:
+        needs = f"[N, {shape[-1]}] for x {tuple(shape)}, K > 0"
+        raise ShapeError(f"linear: weight has shape {tuple(sizes)}, needs {needs}")
     if weight.dtype != x.dtype:
         raise DtypeError(f"linear: weight is {dtype_name(weight.dtype)}, needs {dtype} as x")
     check_place("linear", "x", x, x)
     check_place("linear", "weight", weight, x)
-    return (*x.shape[:-1], sizes[0]), dtype
+    return (*shape[:-1], sizes[0]), dtype
 
 
 def _result_dtype(x: Any, out: Any, out_dtype: Any) -> Any:
     """dtype of the result. Raises DtypeError."""
     if out_dtype is None:
         out_dtype = x.dtype if out is None else out.dtype
+    if out_dtype == x.dtype:
+        return out_dtype
     name, of_x = dtype_name(out_dtype), dtype_name(x.dtype)
     if name not in DTYPES or (name == "float64") != (of_x == "float64"):
         needs = "float64" if of_x == "float64" else "float32, bfloat16 or float16"

@@ -21,16 +21,11 @@ class PackedWeight:
     Its first dimension is padded to a multiple of 64 with zeros. Made by `pack_weight`.
     """
 
-    __slots__ = ("_data", "_numbers", "dtype", "shape")
+    __slots__ = ("_data", "_numbers", "device", "dtype", "shape")
 
     def __init__(self, data: Tensor, columns: int, depth: int, dtype: torch.dtype) -> None:
-        self._data, self.shape, self.dtype = data, (columns, depth), dtype
+        self._data, self.shape, self.dtype, self.device = data, (columns, depth), dtype, data.device
         self._numbers = (data.data_ptr(), data.numel(), columns, depth, CODES[dtype_name(dtype)])
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies: the CPU."""
-        return self._data.device
 
     @property
     def nbytes(self) -> int:
@@ -53,9 +48,9 @@ class PackedWeight:
         """2."""
         return 2
 
-    def stride(self, axis: int) -> int:
-        """Of the weight as it would lie unpacked."""
-        return (self.shape[1], 1)[axis]
+    def is_contiguous(self) -> bool:
+        """As the weight is unpacked."""
+        return True
 
     def unpack(self) -> Tensor:
         """The weight [N, K] again, to the bit."""

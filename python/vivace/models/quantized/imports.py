@@ -66,7 +66,8 @@ def _read(files: list[Path]) -> tuple[Tensors, dict[str, str]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                inside = opened.keys()  # it is no mapping: it cannot be walked itself
+                tensors |= {name: opened.get_tensor(name) for name in inside}
                 said = opened.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file.name} is damaged, or not a safetensors file ({error}); copy it again") from None

@@ -37,7 +37,8 @@ class At(NamedTuple):
     groups: Tensor | None = None
 
 
-_AT: ContextVar[At] = ContextVar("vivace_forward", default=At())  # noqa: B039 - immutable
+NOWHERE = At()  # outside of forward_at
+_AT: ContextVar[At] = ContextVar("vivace_forward", default=NOWHERE)
 _PACKED: WeakKeyDictionary[QuantizedLayer, PackedWeight] = WeakKeyDictionary()
 _LOCK = Lock()
 
