@@ -122,6 +122,8 @@ _REGISTRY: dict[str, OpSpec] = {}
 _OPS = (
     "adaln_modulate",
     "attention",
+    "cache_apply",
+    "cache_update",
     "fp8_linear",
     "fp8_quantize_tokens",
     "gated_residual",

@@ -11,6 +11,8 @@ from vivace.errors import ArgumentError
 OPS = (
     "adaln_modulate",
     "attention",
+    "cache_apply",
+    "cache_update",
     "fp8_linear",
     "fp8_quantize_tokens",
     "gated_residual",

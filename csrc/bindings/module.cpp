@@ -9,7 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "bindings/cache.h"
 #include "bindings/dit.h"
+#include "bindings/rows.h"
 #include "core/error.h"
 #include "core/machine.h"
 #include "ops/adaln_modulate.h"
@@ -26,30 +28,6 @@
 #include "simd/cpu.h"
 
 namespace py = pybind11;
-
-// Rows: (address, 0 float32 | 1 bfloat16, sample stride, token stride), or None where they are absent. Read by hand:
-// the ops over rows take many and last microseconds.
-template <>
-struct py::detail::type_caster<vivace::RowTensor> {
-  PYBIND11_TYPE_CASTER(vivace::RowTensor, const_name("tuple[int, int, int, int] | None"));
-
-  bool load(handle source, bool) {
-    value = {};
-    if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-    int64_t numbers[4];
-    for (int i = 0; i < 4; ++i) {
-      numbers[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
-      if (numbers[i] == -1 && PyErr_Occurred() != nullptr) {
-        PyErr_Clear();
-        return false;
-      }
-    }
-    if (numbers[1] != 0 && numbers[1] != 1) return false;
-    value = {reinterpret_cast<void*>(numbers[0]), static_cast<vivace::Dtype>(numbers[1]), numbers[2], numbers[3]};
-    return true;
-  }
-};
 
 namespace vivace {
 namespace {
@@ -380,5 +358,6 @@ PYBIND11_MODULE(_C, module) {
   };
   module.def("copy_memcpy", copy(&copy_memcpy), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
   module.def("copy_stream", copy(&copy_stream), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
+  bind_cache(module);
   bind_dit(module);
 }

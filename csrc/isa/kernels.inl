@@ -3,6 +3,8 @@
 #include "simd/vec.h"
 #include "ops/adaln_modulate.h"
 #include "ops/attention.h"
+#include "ops/cache_apply.h"
+#include "ops/cache_update.h"
 #include "ops/gelu.h"
 #include "ops/int8_linear.h"
 #include "ops/int8_norm_modulate.h"
@@ -25,6 +27,9 @@
 #include "ops/gelu.inl"
 #include "ops/quantize_tokens.inl"
 #include "ops/int8_norm_modulate.inl"
+#include "ops/kept.inl"
+#include "ops/cache_update.inl"
+#include "ops/cache_apply.inl"
 #include "ops/gemm.inl"
 #include "ops/attention.inl"
 #include "ops/linear.inl"
@@ -49,6 +54,8 @@ extern const Kernels kKernels = {VV_QUOTED(VV_NAMESPACE),
                                  gelu_rows,
                                  quantize_tokens_rows,
                                  int8_norm_modulate_rows,
+                                 cache_update_rows,
+                                 cache_apply_rows,
                                  qk_norm_rope_tokens,
                                  linear_task,
                                  int8_linear_task,

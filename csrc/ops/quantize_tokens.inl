@@ -123,15 +123,20 @@ VV_INLINE void write_nothing(int64_t width, int8_t* q, float* scale) {
   *scale = __builtin_nanf("");
 }
 
+// By the own scale of a finite row whose largest |x| has these bits, or by the one given where that is above 0.
+VV_INLINE RowDivisor row_divisor(uint32_t most, float given) {
+  float largest;
+  memcpy(&largest, &most, 4);
+  const float own = largest / kMostInt8;
+  return divisor_of(given > 0.0f ? given : own == 0.0f ? 1.0f : own, largest);
+}
+
 // The integers and the scale of a row whose largest |x| has these bits; given: its scale, or not above 0.
 template <typename Row, typename T>
 VV_INLINE void write_integers(const Row& row, const T* next, int64_t width, uint32_t most, float given, int8_t* q,
                               float* scale) {
   if (most >= kInfinity) return write_nothing(width, q, scale);
-  float largest;
-  memcpy(&largest, &most, 4);
-  const float own = largest / kMostInt8;
-  const RowDivisor divisor = divisor_of(given > 0.0f ? given : own == 0.0f ? 1.0f : own, largest);
+  const RowDivisor divisor = row_divisor(most, given);
   *scale = divisor.step;
   if (divisor.divide || given > 0.0f) {
     write_quotients<true, true>(row, next, width, divisor, q);

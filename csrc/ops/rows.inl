@@ -1,9 +1,10 @@
-// Rows of float32 or bfloat16 elements: vectors loaded and stored by the type of the pointer, whole or in part.
+// Rows of float32, bfloat16 or int8 elements: vectors loaded and stored by the type of the pointer, whole or in part.
 
 namespace vivace::VV_NAMESPACE {
 
 VV_INLINE F load_row(const float* p) { return load(p); }
 VV_INLINE F load_row(const uint16_t* p) { return load_bf16(p); }
+VV_INLINE F load_row(const int8_t* p) { return to_float_signed(load_bytes(p)); }
 VV_INLINE void store_row(float* p, F a) { store(p, a); }
 VV_INLINE void store_row(uint16_t* p, F a) { store_bf16(p, a); }
 
@@ -15,8 +16,8 @@ VV_INLINE F load_part(const T* p, int64_t count) {
   return load_row(part);
 }
 
-template <typename T>
-VV_INLINE void store_part(T* p, int64_t count, F a) {
+template <typename T, typename Value>
+VV_INLINE void store_part(T* p, int64_t count, Value a) {
   T part[kLanes];
   store_row(part, a);
   memcpy(p, part, static_cast<size_t>(count) * sizeof(T));
@@ -28,11 +29,11 @@ template <typename Body>
 VV_INLINE void each_vector(int64_t width, const Body& body) {
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
-    body([i](const auto* p) { return load_row(p + i); }, [i](auto* p, F y) { store_row(p + i, y); });
+    body([i](const auto* p) { return load_row(p + i); }, [i](auto* p, auto y) { store_row(p + i, y); });
   }
   if (kLanes > 1 && i < width) {
     const int64_t count = width - i;
-    body([=](const auto* p) { return load_part(p + i, count); }, [=](auto* p, F y) { store_part(p + i, count, y); });
+    body([=](const auto* p) { return load_part(p + i, count); }, [=](auto* p, auto y) { store_part(p + i, count, y); });
   }
 }
 

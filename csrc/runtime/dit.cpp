@@ -1,18 +1,13 @@
 #include "runtime/dit.h"
 
-#include <string.h>
-
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <utility>
 
 #include "core/error.h"
 #include "core/float_mode.h"
-#include "core/team.h"
-#include "runtime/dit_elements.h"
-#include "simd/cpu.h"
+#include "runtime/dit_walk.h"
 
 namespace vivace {
 namespace {
@@ -56,207 +51,6 @@ void check_sizes(const DitModel& model) {
     if (!(eps >= 0.0) || !std::isfinite(eps)) fail("Dit: eps is ", eps, "; needs a finite number of 0 or more");
   }
 }
-
-int64_t now() {
-  const auto time = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
-}
-
-// What all members share.
-struct Job {
-  const DitModel& model;
-  const DitCall& call;
-  DitShape shape;
-  DitRow row;
-  int64_t piece;  // tokens of a task, where an op goes token by token
-  int64_t start;  // time, when there is a clock
-  std::atomic<int64_t>& fault;
-};
-
-// One member's way through a row.
-class Walk {
- public:
-  Walk(const Job& job, Member& member)
-      : model_(job.model),
-        call_(job.call),
-        shape_(job.shape),
-        row_(job.row),
-        member_(member),
-        scratch_(row_.scratch(member.number())),
-        piece_(job.piece),
-        pieces_((shape_.tokens + piece_ - 1) / piece_),
-        clock_(member.number() == 0 ? call_.clock : nullptr),
-        last_(job.start),
-        fault_(job.fault) {}
-
-  void run() {
-    inputs();
-    linear(row_.stem(call_.positions));
-    branches();
-    const auto blocks = static_cast<int64_t>(model_.weights.blocks.size());
-    for (int64_t i = 0; i < blocks; ++i) {
-      norm(i, DitSite::kQkv);
-      linear(i, DitSite::kQkv);
-      attention(row_.attention(i));
-      quantize(i, DitSite::kOut);
-      linear(i, DitSite::kOut);
-      norm(i, DitSite::kUp);
-      linear(i, DitSite::kUp);
-      quantize(i, DitSite::kDown);
-      linear(i, DitSite::kDown);
-    }
-    norm(row_.head_norm());
-    look_at(row_.final().x, kDitSites * blocks);
-    linear(row_.final());
-    outputs();
-    if (clock_ != nullptr) member_.wait(), tick();
-  }
-
- private:
-  // Tasks [0, count) of one stage.
-  template <typename Task>
-  void stage(DitStage kind, int64_t count, const Task& task) {
-    if (clock_ != nullptr) member_.wait(), tick();
-    kind_ = kind;
-    member_.stage(count, task);
-  }
-
-  // body(row, begin, end) for pieces of the tokens of `rows` rows.
-  template <typename Body>
-  void pieces(DitStage kind, int64_t rows, const Body& body) {
-    stage(kind, rows * pieces_, [&](int64_t task) {
-      const int64_t begin = task % pieces_ * piece_;
-      body(task / pieces_, begin, std::min(begin + piece_, shape_.tokens));
-    });
-  }
-
-  void linear(const LinearArgs& args) {
-    stage(DitStage::kLinear, linear_tasks(args), [&](int64_t task) { linear_task(args, task, scratch_); });
-  }
-
-  void linear(int64_t block, DitSite site) {
-    const LinearArgs args = row_.linear(block, site);
-    look_at(args.x, kDitSites * block + static_cast<int64_t>(site));
-    if (!row_.is_int8(block, site)) return linear(args);
-    const Int8LinearArgs int8 = row_.int8_linear(block, site);
-    stage(DitStage::kLinear, int8_linear_tasks(int8), [&](int64_t task) { int8_linear_task(int8, task, scratch_); });
-  }
-
-  void attention(const AttentionArgs& args) {
-    stage(DitStage::kAttention, attention_tasks(args), [&](int64_t task) { attention_task(args, task, scratch_); });
-  }
-
-  void norm(const NormModulateArgs& args) {
-    pieces(DitStage::kNorm, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
-      kernels().norm_modulate_rows(&args, row, begin, end, scratch_);
-    });
-  }
-
-  void norm(int64_t block, DitSite site) {
-    if (!row_.is_int8(block, site)) return norm(row_.norm(block, site));
-    const Int8NormModulateArgs args = row_.int8_norm(block, site, call_.x_scales != nullptr);
-    pieces(DitStage::kNorm, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
-      kernels().int8_norm_modulate_rows(&args, row, begin, end, scratch_);
-    });
-  }
-
-  void quantize(int64_t block, DitSite site) {
-    if (!row_.is_int8(block, site)) return;
-    const QuantizeTokensArgs args = row_.quantize(block, site, call_.x_scales != nullptr);
-    pieces(DitStage::kQuantize, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
-      kernels().quantize_tokens_rows(&args, row, begin, end, scratch_);
-    });
-  }
-
-  // Notes rows whose input of a linear is not finite; of integers their scales tell.
-  void look_at(const RowTensor& x, int64_t place) {
-    if (call_.fault == nullptr) return;
-    pieces(DitStage::kRest, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
-      const int64_t first = row * shape_.tokens + begin, count = end - begin, width = x.token_stride;
-      const bool fine = x.dtype == Dtype::kInt8 ? all_finite(row_.scales() + first, count)
-                        : x.dtype == Dtype::kFloat32
-                            ? all_finite(static_cast<const float*>(x.data) + first * width, count * width)
-                            : all_finite(static_cast<const uint16_t*>(x.data) + first * width, count * width);
-      const int64_t found = place * shape_.rows + row;
-      int64_t seen = fault_.load(std::memory_order_relaxed);
-      while (!fine && found < seen && !fault_.compare_exchange_weak(seen, found, std::memory_order_relaxed)) continue;
-    });
-  }
-
-  // Patches of all samples, and modulation vectors side by side: one task a block, as many vectors.
-  void inputs() {
-    const int64_t patches = shape_.samples * pieces_, vectors = 6, parts = (model_.vectors + vectors - 1) / vectors;
-    stage(DitStage::kRest, patches + shape_.rows * parts, [&](int64_t task) {
-      if (task < patches) {
-        const int64_t begin = task % pieces_ * piece_;
-        return gather(task / pieces_, begin, std::min(begin + piece_, shape_.tokens));
-      }
-      const int64_t row = (task - patches) / parts, first = (task - patches) % parts * vectors;
-      const int64_t count = std::min(vectors, model_.vectors - first), width = model_.width;
-      memcpy(row_.modulations() + (row * model_.vectors + first) * width, call_.modulations[row] + first * width,
-             static_cast<size_t>(count * width) * sizeof(float));
-      give_scales(row, first / vectors);
-    });
-  }
-
-  // The scales of one row in one block, each beside those of the other rows.
-  void give_scales(int64_t row, int64_t block) const {
-    if (call_.x_scales == nullptr || block == static_cast<int64_t>(model_.weights.blocks.size())) return;
-    for (int64_t site = 0; site < kDitSites; ++site)
-      row_.given(block, static_cast<DitSite>(site))[row] = call_.x_scales[row][kDitSites * block + site];
-  }
-
-  void gather(int64_t sample, int64_t begin, int64_t end) const {
-    const bool wide_x = call_.x_dtype == Dtype::kFloat32, wide = model_.sizes.dtype == Dtype::kFloat32;
-    const int64_t at = call_.lanes[sample] * call_.lane_stride;
-    const int64_t to = sample * shape_.tokens * model_.weights.patches.weight.depth;
-    const auto from = [&](auto* x) {
-      const auto into = [&](auto* out) {
-        gather_patches(x + at, out + to, model_.sizes, call_.height, call_.width, begin, end);
-      };
-      wide ? into(static_cast<float*>(row_.patches())) : into(static_cast<uint16_t*>(row_.patches()));
-    };
-    wide_x ? from(static_cast<const float*>(call_.x)) : from(static_cast<const uint16_t*>(call_.x));
-  }
-
-  // The stem's result is that of every branch.
-  void branches() {
-    if (call_.branches == 1) return;
-    const int64_t width = model_.width, tokens = shape_.tokens;
-    pieces(DitStage::kRest, shape_.rows - shape_.samples, [&](int64_t row, int64_t begin, int64_t end) {
-      const float* from = row_.hidden() + (row % shape_.samples * tokens + begin) * width;
-      float* to = row_.hidden() + ((shape_.samples + row) * tokens + begin) * width;
-      memcpy(to, from, static_cast<size_t>((end - begin) * width) * sizeof(float));
-    });
-  }
-
-  void outputs() {
-    const int64_t image = model_.sizes.channels * call_.height * call_.width;
-    const int64_t pixels = shape_.tokens * model_.weights.final.weight.columns;
-    pieces(DitStage::kRest, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
-      float* out = call_.outs[row / shape_.samples] + row % shape_.samples * image;
-      scatter_pixels(row_.pixels() + row * pixels, out, model_.sizes, call_.height, call_.width, begin, end);
-    });
-  }
-
-  void tick() {
-    const int64_t time = now();
-    clock_[static_cast<int>(kind_)] += time - last_;
-    last_ = time;
-  }
-
-  const DitModel& model_;
-  const DitCall& call_;
-  const DitShape& shape_;
-  const DitRow& row_;
-  Member& member_;
-  float* scratch_;
-  int64_t piece_, pieces_;  // tokens of a task; tasks of a row
-  int64_t* clock_;
-  int64_t last_;  // time until which all is counted
-  std::atomic<int64_t>& fault_;
-  DitStage kind_ = DitStage::kRest;
-};
 
 }  // namespace
 
@@ -307,8 +101,26 @@ void Dit::check(const DitCall& call) const {
   for (int64_t r = 0; r < call.samples * call.branches; ++r) need("a row's modulation", call.modulations[r]);
   for (int64_t r = 0; call.x_scales != nullptr && r < call.samples * call.branches; ++r)
     need("a row's x_scales", call.x_scales[r]);
-  for (int64_t b = 0; b < call.branches; ++b) need("a branch's result", call.outs[b]);
+  for (int64_t b = 0; call.to == nullptr && b < call.branches; ++b) need("a branch's result", call.outs[b]);
+  check_range(call);
   if (reinterpret_cast<uintptr_t>(call.arena) % 64 != 0) fail("Dit: the arena is not aligned to 64 bytes");
+}
+
+void Dit::check_range(const DitCall& call) const {
+  const auto blocks = static_cast<int64_t>(model_.weights.blocks.size());
+  const int64_t last = call.last < 0 ? blocks : call.last, rows = call.samples * call.branches;
+  if (call.first < 0 || call.first > last || last > blocks)
+    fail("Dit: blocks ", call.first, " to ", last, " are not some of ", blocks);
+  if (call.from == nullptr ? call.first > 0 : call.to != nullptr)
+    fail("Dit: a call that begins at block ", call.first, call.from == nullptr ? " needs" : ", to look, has",
+         " hidden states to start from");
+  for (int64_t r = 0; call.from != nullptr && r < rows; ++r) {
+    if (call.from[r] == nullptr) fail("Dit: a row's hidden states have no memory");
+  }
+  if ((call.to == nullptr) != (call.signal == nullptr) || (call.to == nullptr) != (call.last < 0))
+    fail("Dit: a look needs memory for hidden states and signal, and the block where it ends");
+  if (call.to != nullptr && call.use_count > 0) fail("Dit: a look keeps and reuses nothing");
+  check_uses(call.uses, call.use_count, 2 * call.first, 2 * blocks, rows);
 }
 
 void Dit::run(const DitCall& call) const {
@@ -326,10 +138,10 @@ void Dit::run(const DitCall& call) const {
   const DitRow row(model_, shape, plan, reinterpret_cast<uintptr_t>(call.arena));
   constexpr int64_t kNone = INT64_MAX;
   std::atomic<int64_t> fault{kNone};
-  const Job job{model_, call, shape, row, piece, call.clock != nullptr ? now() : 0, fault};
+  const DitJob job{model_, call, shape, row, piece, call.clock != nullptr ? clock_now() : 0, fault};
   Team(members).run([&](Member& member) {
     const FloatMode mode;
-    Walk(job, member).run();
+    DitWalk(job, member).run();
   });
   if (call.fault != nullptr) *call.fault = fault == kNone ? -1 : fault.load();
 }

@@ -46,6 +46,8 @@ DitArena plan_arena(const DitModel& model, const DitShape& shape, int64_t thread
   DitArena plan{};
   plan.modulations = take(rows * model.vectors * width * 4);
   plan.hidden = take(states * width * 4);
+  plan.fresh = take(states * width * 4);
+  plan.base = take(states * width * 4);
   plan.narrow = take(std::max(states * width, samples * tokens * depth) * element);
   plan.broad = take(std::max(states * std::max(3 * width, model.mlp_width) * element, states * pixels * 4));
   plan.integers = take(states * integers);
@@ -102,20 +104,49 @@ LinearArgs DitRow::project(const DitLinear& layer, int64_t from, int64_t to, Dty
   return {x, layer.weight, layer.bias, Activation::kNone, {}, {}, states(to, dtype, columns), shape};
 }
 
-LinearArgs DitRow::linear(int64_t block, DitSite site) const {
+LinearArgs DitRow::linear(int64_t block, DitSite site, bool alone) const {
   const int64_t from = site == DitSite::kDown ? plan_.broad : plan_.narrow;
   LinearArgs args = project(layer(block, site), from, plan_.broad, block_at(block).dtype(site));
   if (site == DitSite::kUp) args.activation = model_.sizes.gelu;
   if (site == DitSite::kOut || site == DitSite::kDown) {  // hidden + gate * (x W^T + b), in place
-    args.gate = vector(6 * block + (site == DitSite::kOut ? 2 : 5));
+    args.gate = gate_of(2 * block + (site == DitSite::kOut ? 0 : 1));
     args.residual = args.out = hidden_states();
+    if (alone) args.gate = args.residual = {}, args.out = states(plan_.fresh, Dtype::kFloat32, model_.width);
   }
   return args;
 }
 
-Int8LinearArgs DitRow::int8_linear(int64_t block, DitSite site) const {
-  const auto [x, weight, bias, activation, gate, residual, out, shape] = linear(block, site);
+Int8LinearArgs DitRow::int8_linear(int64_t block, DitSite site, bool alone) const {
+  const auto [x, weight, bias, activation, gate, residual, out, shape] = linear(block, site, alone);
   return {x, scales(), weight, layer(block, site).scale, bias, activation, gate, residual, out, shape};
+}
+
+CacheUpdateArgs DitRow::update(const DitUse& use) const {
+  const RowShape shape{shape_.rows, shape_.tokens, model_.width};
+  const RowTensor hidden = hidden_states();
+  if (use.cell == DitCell::kHalf) {
+    const RowTensor fresh = states(plan_.fresh, Dtype::kFloat32, model_.width);
+    return {fresh, {}, use.kept, use.made, hidden, gate_of(use.at - 1), hidden, shape};
+  }
+  const RowTensor before = states(plan_.base, Dtype::kFloat32, model_.width);
+  return {hidden, use.cell == DitCell::kResidual ? before : RowTensor{}, use.kept, use.made, {}, {}, {}, shape};
+}
+
+CacheApplyArgs DitRow::apply(const DitUse& use) const {
+  const RowTensor hidden = hidden_states(), by = use.cell == DitCell::kHalf ? gate_of(use.at) : RowTensor{};
+  return {use.kept,
+          use.weights,
+          use.terms,
+          use.cell == DitCell::kBlock ? RowTensor{} : hidden,
+          by,
+          hidden,
+          {shape_.rows, shape_.tokens, model_.width}};
+}
+
+NormModulateArgs DitRow::first_norm() const {
+  NormModulateArgs args = norm(0, DitSite::kQkv);
+  args.out = states(plan_.base, Dtype::kFloat32, model_.width);
+  return args;
 }
 
 LinearArgs DitRow::stem(const float* positions) const {
@@ -146,9 +177,10 @@ LinearArgs DitRow::final() const {
 
 int64_t scratch_floats(const DitModel& model, const DitShape& shape) {
   const DitRow row(model, shape, {}, 0);
-  int64_t floats = std::max({norm_scratch(model.width), int8_norm_scratch(model.width),
-                             quantize_scratch(std::max(model.width, model.mlp_width)),
-                             linear_scratch(row.stem(nullptr)), linear_scratch(row.final())});
+  int64_t floats =
+      std::max({norm_scratch(model.width), int8_norm_scratch(model.width), cache_update_scratch(model.width),
+                cache_apply_scratch(model.width), quantize_scratch(std::max(model.width, model.mlp_width)),
+                linear_scratch(row.stem(nullptr)), linear_scratch(row.final())});
   for (int64_t i = 0; i < static_cast<int64_t>(model.weights.blocks.size()); ++i) {
     floats = std::max(floats, attention_scratch(row.attention(i)));
     for (const DitSite site : {DitSite::kQkv, DitSite::kOut, DitSite::kUp, DitSite::kDown}) {

@@ -6,9 +6,12 @@
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/cache_apply.h"
+#include "ops/cache_update.h"
 #include "ops/int8_linear.h"
 #include "ops/int8_norm_modulate.h"
 #include "ops/quantize_tokens.h"
+#include "runtime/dit_uses.h"
 
 namespace vivace {
 
@@ -57,9 +60,10 @@ struct DitShape {
 
 // The arena: offsets in bytes, all multiples of 64. Buffers that are never alive together share memory: `narrow` holds
 // patches, normalised states or joined heads, `broad` queries, keys and values, the inside of the MLP, or pixels,
-// `integers` the quantized input of a linear, whose scales by token are in `scales`; `given` those by row.
+// `integers` the quantized input of a linear, whose scales by token are in `scales`; `given` those by row. `fresh` is
+// what a half gave that is kept, `base` the hidden states before a range whose difference is.
 struct DitArena {
-  int64_t modulations, hidden, narrow, broad, integers, scales, given, scratch;
+  int64_t modulations, hidden, fresh, base, narrow, broad, integers, scales, given, scratch;
   int64_t scratch_stride;  // bytes from one member's scratch memory to the next
   int64_t bytes;
 };
@@ -78,7 +82,8 @@ class DitRow {
 
   LinearArgs stem(const float* positions) const;
   NormModulateArgs norm(int64_t block, DitSite site) const;  // the one before kQkv or kUp
-  LinearArgs linear(int64_t block, DitSite site) const;      // x: integers where the weight is int8
+  // x: integers where the weight is int8. alone: of kOut and kDown, without gate and residual, to be kept
+  LinearArgs linear(int64_t block, DitSite site, bool alone = false) const;
   AttentionArgs attention(int64_t block) const;
   NormModulateArgs head_norm() const { return norm(model_.vectors - 2, model_.sizes.head_eps, model_.sizes.dtype); }
   LinearArgs final() const;
@@ -87,10 +92,15 @@ class DitRow {
   bool is_int8(int64_t block, DitSite site) const { return layer(block, site).weight.dtype == Dtype::kInt8; }
   Int8NormModulateArgs int8_norm(int64_t block, DitSite site, bool by_row) const;  // kQkv, kUp
   QuantizeTokensArgs quantize(int64_t block, DitSite site, bool by_row) const;     // kOut, kDown
-  Int8LinearArgs int8_linear(int64_t block, DitSite site) const;
+  Int8LinearArgs int8_linear(int64_t block, DitSite site, bool alone = false) const;
+
+  CacheUpdateArgs update(const DitUse& use) const;  // of a kKeep
+  CacheApplyArgs apply(const DitUse& use) const;    // of a kApply
+  NormModulateArgs first_norm() const;              // of block 0, into `base`
 
   float* modulations() const { return at<float>(plan_.modulations); }
   float* hidden() const { return at<float>(plan_.hidden); }
+  float* base() const { return at<float>(plan_.base); }
   void* patches() const { return at<void>(plan_.narrow); }
   const float* pixels() const { return at<float>(plan_.broad); }
   float* scales() const { return at<float>(plan_.scales); }
@@ -106,6 +116,7 @@ class DitRow {
   }
   RowTensor states(int64_t offset, Dtype dtype, int64_t width) const;
   RowTensor hidden_states() const { return states(plan_.hidden, Dtype::kFloat32, model_.width); }
+  RowTensor gate_of(int64_t half) const { return vector(3 * half + 2); }
   RowTensor vector(int64_t index) const;
   const DitBlock& block_at(int64_t block) const { return model_.weights.blocks[static_cast<size_t>(block)]; }
   const DitLinear& layer(int64_t block, DitSite site) const { return block_at(block).at(site); }

@@ -37,6 +37,8 @@ struct Kernels {
   void (*gelu_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
   void (*quantize_tokens_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
   void (*int8_norm_modulate_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*cache_update_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*cache_apply_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
   // Tokens [begin, end) of one sample of one side.
   void (*qk_norm_rope_tokens)(const QkNormRopeArgs& args, const QkSide& side, const QkVectors& vectors, int64_t sample,
                               int64_t begin, int64_t end);

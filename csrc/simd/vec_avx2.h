@@ -141,6 +141,12 @@ VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) {
   const U both = shift_right<16>(round_to_bf16(even)) ^ (round_to_bf16(odd) & set1u(0xffff0000u));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both.x);
 }
+VV_INLINE U load_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+VV_INLINE U load_bytes(const int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
 VV_INLINE void store_bytes(int8_t* p, U a) {
   const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);

@@ -131,6 +131,12 @@ VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) {
   const U both = shift_right<16>(round_to_bf16(even)) ^ (round_to_bf16(odd) & set1u(0xffff0000u));
   _mm512_storeu_si512(p, both.x);
 }
+VV_INLINE U load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+VV_INLINE U load_bytes(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 VV_INLINE void store_bytes(int8_t* p, U a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.x));
 }

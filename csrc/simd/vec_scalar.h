@@ -112,6 +112,9 @@ VV_INLINE U load_words(const uint16_t* p) {
 // must have come from bfloat16 or from hardware: its lower half is 0, and rounding does not reach its sign.
 VV_INLINE void load_pairs_bf16(const uint16_t* p, F& even, F& odd) { even = load_bf16(p), odd = load_bf16(p + 1); }
 VV_INLINE void store_pairs_bf16(uint16_t* p, F even, F odd) { store_bf16(p, even), store_bf16(p + 1, odd); }
+// A byte a lane, without and with sign.
+VV_INLINE U load_bytes(const uint8_t* p) { return {*p}; }
+VV_INLINE U load_bytes(const int8_t* p) { return {static_cast<uint32_t>(static_cast<int32_t>(*p))}; }
 // The lowest byte of every lane.
 VV_INLINE void store_bytes(int8_t* p, U a) { *p = static_cast<int8_t>(static_cast<uint8_t>(a.x)); }
 VV_INLINE void stream_bf16(uint16_t* p, F a) { store_bf16(p, a); }

@@ -7,6 +7,8 @@ _Heads = Sequence[int]  # address, strides of samples, tokens, heads
 _Linear = tuple[int, int, int, str, int, int, int]
 _Block = tuple[_Linear, _Linear, _Linear, _Linear, str, str]  # dtypes of activations in attention and MLP
 _Rows = tuple[int, int, int, int]  # address, 0 float32 | 1 bfloat16, stride of samples, stride of tokens
+# Address, 0 float32 | 1 bfloat16 | 2 float16 | 3 int8 | 4 float8, lanes, planes of each, address of the scales or 0.
+_Planes = tuple[int, int, int, int, int]
 _Packed = tuple[int, int, int, int, int]  # address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8
 
 def isa() -> str: ...
@@ -63,6 +65,31 @@ def attention(
     sizes: Sequence[int],
     dtype: int,
     scale: float,
+    threads: int,
+    /,
+) -> None: ...
+def cache_update(
+    kept: _Planes,
+    lanes: Sequence[int],
+    fresh: _Rows,
+    base: _Rows | None,
+    made: int,
+    hidden: _Rows | None,
+    gate: _Rows | None,
+    out: _Rows | None,
+    sizes: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def cache_apply(
+    kept: _Planes,
+    lanes: Sequence[int],
+    weights: int,
+    terms: int,
+    hidden: _Rows | None,
+    gate: _Rows | None,
+    out: _Rows,
+    sizes: Sequence[int],
     threads: int,
     /,
 ) -> None: ...
@@ -165,6 +192,15 @@ def qk_norm_rope(
 def copy_memcpy(dst: int, src: int, bytes: int, threads: int) -> None: ...
 def copy_stream(dst: int, src: int, bytes: int, threads: int) -> None: ...
 
+class DitUses:
+    def __init__(
+        self,
+        uses: Sequence[tuple[str, str, int, int, int, int, str]],
+        kept: Sequence[int],
+        scales: Sequence[int],
+        rows: int,
+    ) -> None: ...
+
 class Dit:
     def __init__(
         self,
@@ -197,4 +233,9 @@ class Dit:
         threads: int,
         clock: bool = False,
         check: bool = False,
+        uses: DitUses | None = None,
+        weights: Sequence[float] = ...,
+        first: int = 0,
+        start: Sequence[int] = ...,
+        look: tuple[int, int, int] | None = None,
     ) -> tuple[tuple[int, int, int, int, int] | None, int]: ...

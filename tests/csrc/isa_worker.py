@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import isa_heads
+import isa_kept
 import isa_rows
 import numpy as np
 
@@ -315,6 +316,7 @@ def main() -> None:
         report |= halves()
         report |= {name: [digest(found) for found in results] for name, results in isa_rows.runs()}
         report |= {name: [digest(found) for found in results] for name, results in isa_heads.runs()}
+        report |= {name: [digest(found) for found in results] for name, results in isa_kept.runs()}
     json.dump({"isa": _C.isa(), "digests": report}, sys.stdout)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vivace.engine import noise
 
-_C = pytest.importorskip("vivace._C", reason="the extension is not built")
+_C = pytest.importorskip("vivace._C", reason="vivace._C is not built (make build)")
 
 OUT, NET, TENSOR, NOISE = 256, 768, 1024, 65536
 NUMEL, CAPACITY, SLOTS = 37, 3, 4
@@ -191,7 +191,7 @@ def test_callers_at_the_same_time_get_the_same_bits() -> None:
     assert len(found) == 20 and all(found)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork; run on Linux or macOS")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_makes_a_pool_of_its_own() -> None:
     expected = big_noise()  # the parent's pool has threads now

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-_C = pytest.importorskip("vivace._C", reason="the extension is not built")
+_C = pytest.importorskip("vivace._C", reason="vivace._C is not built (make build)")
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
@@ -22,7 +22,7 @@ def run_python(*command: str, isa: str) -> subprocess.CompletedProcess[str]:
 @cache
 def digests(isa: str) -> dict[str, list[str]]:
     if isa not in _C.available_isas():
-        pytest.skip(f"this machine does not run {isa}")  # an instruction set the processor lacks cannot be run
+        pytest.skip(f"this processor lacks {isa}; run on one that has it")
     done = run_python(str(Path(__file__).with_name("isa_worker.py")), isa=isa)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

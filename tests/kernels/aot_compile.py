@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vivace.kernels.adaln_modulate import triton_impl as adaln
+from vivace.kernels.cache_apply import triton_impl as applied
+from vivace.kernels.cache_update import triton_impl as updated
 from vivace.kernels.fp8_quantize_tokens import triton_impl as floats
 from vivace.kernels.gated_residual import triton_impl as residual
 from vivace.kernels.gelu import triton_impl as unit
@@ -65,6 +67,22 @@ ROWS = {
 }
 VECTORS = ("gate", "scale", "shift", "weight", "bias")
 INTEGERS = {"q": "i8", "step": "fp32", "smooth": "fp32", "given": "fp32"}
+# name -> (store, dtype of the rows, what is given besides, differences made or planes read)
+UPDATES = {
+    "cache_update DiT": ("*bf16", "bf16", "hidden gate out", 0),
+    "cache_update float32": ("*fp32", "fp32", "hidden gate out", 2),
+    "cache_update a range": ("*fp32", "bf16", "base", 2),
+    "cache_update float16": ("*fp16", "fp16", "base hidden out", 1),
+    "cache_update float8": ("*u8", "bf16", "hidden gate out", 2),
+    "cache_update int8": ("*i8", "bf16", "scales hidden gate out", 2),
+}
+APPLIES = {
+    "cache_apply DiT": ("*bf16", "bf16", "hidden gate", 1),
+    "cache_apply float32": ("*fp32", "fp32", "hidden gate", 3),
+    "cache_apply alone": ("*fp16", "fp16", "", 2),
+    "cache_apply float8": ("*u8", "bf16", "hidden gate", 3),
+    "cache_apply int8": ("*i8", "bf16", "scales hidden gate", 3),
+}
 # name -> (dtype, gated, approximation by tanh)
 GELUS = {
     "gelu erf": ("float32", False, False),
@@ -155,6 +173,18 @@ def over_rows(kernel: Any, dtype: str, vectors: str, width: int, given: str) -> 
     signature |= {name: f"*{pointers[name]}" for name, kind in signature.items() if name in pointers and kind == "i32"}
     signature |= {"eps": "fp32"} if "eps" in signature else {}
     return compiled(kernel, signature, constants, norm.warps(constants["BLOCK"]))
+
+
+def kept_planes(kernel: Any, store: str, dtype: str, given: str, count: int) -> Any:
+    """A kernel over kept planes of 1152 channels; what it may do without is a constant where it is not given."""
+    block = norm.row_block(1152) if store == "*i8" else updated.BLOCK
+    optional = {"scales", "base", "hidden", "gate"} | ({"out"} if kernel is updated._cache_update else set())
+    constants: dict[str, Any] = dict.fromkeys((optional - {*given.split()}) & {*kernel.arg_names})
+    constants |= {"BLOCK": block, "MADE" if kernel is updated._cache_update else "TERMS": count}
+    pointers = dict.fromkeys(("fresh", "base", "hidden", "gate", "out"), f"*{dtype}")
+    pointers |= {"kept": store, "scales": "*fp32", "lanes": "*i64", "weights": "*fp32"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {k: v for k, v in pointers.items() if k in kernel.arg_names}
+    return compiled(kernel, signature, constants, norm.warps(block), ("planes",))
 
 
 def gelu(dtype: str, gated: bool, by_tanh: bool) -> Any:
@@ -303,6 +333,8 @@ if __name__ == "__main__":
     report = {name: usage(solver_step(*case)) for name, case in STEPS.items()}
     report |= {name: usage(sample_adjust(*case)) for name, case in ADJUSTS.items()}
     report |= {name: usage(over_rows(*case)) for name, case in ROWS.items()}
+    report |= {name: usage(kept_planes(updated._cache_update, *case)) for name, case in UPDATES.items()}
+    report |= {name: usage(kept_planes(applied._cache_apply, *case)) for name, case in APPLIES.items()}
     report |= {name: usage(gelu(*case)) for name, case in GELUS.items()}
     report |= {name: usage(qk_norm_rope(*case)) for name, case in HEADS.items()}
     report |= {name: usage(linear(*case), rounds=False) for name, case in LINEARS.items()}

@@ -103,7 +103,7 @@ def test_bad_arguments_are_named(arguments, error, words):
 
 @pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
 def test_older_gpus_are_named(monkeypatch, capability, runs):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton; Linux on x86-64 only)")
     from vivace.kernels.fp8_quantize_tokens import triton_impl
 
     monkeypatch.setattr(triton_impl.product, "why_not", lambda device, dtype: None)

@@ -172,7 +172,7 @@ def test_triton_refuses_a_packed_weight():
 
 
 def test_rows_that_the_copy_engine_can_read_are_described():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton; Linux on x86-64 only)")
     from vivace.kernels.int8_linear.triton_impl import described
 
     x = torch.zeros(6, 4, 96, dtype=torch.int8)
