@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from vivace.engine.plan import Binding, Plan, Rule, Variant
-from vivace.engine.verify import MAX_CELLS, check_conflicts, said, verify
-from vivace.errors import PlanError, ShapeError
+from vivace.engine.plan import Args, Binding, Plan, Rule, Variant
+from vivace.engine.verify import check_conflicts, said, verify
+from vivace.engine.verify_caches import MAX_CELLS
+from vivace.errors import ModelError, PlanError, ShapeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,8 @@ class ModelSpec:
     fingerprint: hash of weights and configuration; prediction: "eps" | "x0" | "v" | "flow"; latent_shape: default
     (C, H, W) or any rank; blocks: number of transformer or UNet blocks; patch: edge of a token in latent elements, one
     per spatial axis; token_group: `keep` is a multiple of it; branches the model can run; conditioning: what a prompt
-    is ("class", "text", "none"); schedule: its `NoiseSchedule`.
+    is ("class", "text", "none"); schedule: its `NoiseSchedule`; width: of a token's hidden state in blocks, 0 where
+    blocks differ; costs: of one block's sites and of what is outside of blocks ("outside"), in any unit.
     """
 
     name: str
@@ -31,6 +34,8 @@ class ModelSpec:
     branches: tuple[str, ...] = ("cond", "uncond")
     conditioning: str = "none"
     schedule: Any = None
+    width: int = 0
+    costs: tuple[tuple[str, float], ...] = ()
 
     def tokens(self, shape: tuple[int, ...] | None = None) -> int:
         """Image tokens of a latent of `shape` (C, spatial...). Raises ShapeError when patches do not divide it."""
@@ -47,9 +52,9 @@ def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None)
     """Resolve `plan` for `spec` at latent `shape` (default: the model's) and verify the result."""
     shape = spec.latent_shape if shape is None else tuple(shape)
     tokens = spec.tokens(shape)
-    binding = Binding(spec.fingerprint, spec.blocks, tokens, spec.token_group, shape)
+    binding = Binding(spec.fingerprint, spec.blocks, tokens, spec.token_group, shape, spec.width)
     if plan.binding is not None:
-        if plan.binding != binding:
+        if replace(plan.binding, width=binding.width) != binding:
             raise PlanError(f"bind: the plan is bound to {plan.binding}, asked for {binding}; bind the unbound plan")
         return plan
     if plan.prediction != spec.prediction:
@@ -57,6 +62,7 @@ def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None)
             f"bind: the plan is for prediction {plan.prediction!r}, model {spec.name!r} predicts {spec.prediction!r}; "
             "make the plan with the model's prediction"
         )
+    _check_recipe(plan, binding)
     for info in plan.tensors:
         if info.shape != shape:
             raise PlanError(f"bind: side-car tensor {info.key!r} has shape {info.shape}, the latent {shape}")
@@ -80,6 +86,30 @@ def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None)
         for step in plan.steps
     )
     return verify(replace(plan, steps=steps, binding=binding))
+
+
+def check_origin(what: str, measured: Mapping[str, Any], binding: Binding) -> None:
+    """Raise ModelError unless `binding` is the model and shape that something was measured on.
+
+    measured: "fingerprint", and "latent_shape" where it is known.
+    """
+    fingerprint, shape = measured.get("fingerprint"), measured.get("latent_shape") or []
+    if fingerprint != binding.fingerprint:
+        raise ModelError(
+            f"{what}: measured on model {str(fingerprint)[:12]}, this one is {binding.fingerprint[:12]} (other "
+            "weights, or a LoRA was added or fused since); calibrate this model"
+        )
+    own = list(binding.latent_shape)
+    if shape and (list(shape) if isinstance(shape, (list, tuple)) else shape) != own:
+        raise ModelError(f"{what}: measured at latent shape {shape}, this run has {own}; calibrate at this shape")
+
+
+def _check_recipe(plan: Plan, binding: Binding) -> None:
+    """Passes that were planned from a calibration table fit the model it was made of only. Raises ModelError."""
+    for name, args in () if plan.recipe is None else plan.recipe.passes:
+        measured = dict(args.items).get("measured")
+        if isinstance(measured, Args):
+            check_origin(name, measured.to_dict(), binding)
 
 
 def _bind_variant(where: str, variant: Variant, spec: ModelSpec, tokens: int) -> Variant:

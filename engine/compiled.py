@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from vivace.engine.kept import Seen, Turn
 from vivace.engine.plan import Variant
 
 
@@ -42,7 +43,7 @@ class Evaluation:
     """One evaluation of a group of samples. Sequences are per sample.
 
     x: the network-input plane [lanes, ...] of the pool, whole; rows: of each sample's plan, which is what its
-    `hoisted` is read by.
+    `hoisted` is read by. turns: what is kept and what is given again; resume: where a look at the first blocks ended.
     """
 
     x: Tensor
@@ -51,12 +52,21 @@ class Evaluation:
     timesteps: tuple[float, ...]
     conditions: tuple[Any, ...]
     hoisted: tuple[Hoisted | None, ...]
+    turns: tuple[Turn, ...] = ()
+    resume: Seen | None = None
 
     def sample(self, n: int) -> Evaluation:
         """The evaluation of sample n alone."""
         one = slice(n, n + 1)
-        return Evaluation(
-            self.x, self.lanes[one], self.rows[one], self.timesteps[one], self.conditions[one], self.hoisted[one]
+        return replace(
+            self,
+            lanes=self.lanes[one],
+            rows=self.rows[one],
+            timesteps=self.timesteps[one],
+            conditions=self.conditions[one],
+            hoisted=self.hoisted[one],
+            turns=tuple(turn.pick((n,)) for turn in self.turns),
+            resume=None if self.resume is None else self.resume.pick((n,)),
         )
 
 
@@ -72,6 +82,10 @@ class Network(Protocol):
         """One prediction [n, ...] per branch of the variant; valid until the next run."""
         ...
 
+    def look(self, call: Evaluation, metric: str, params: Sequence[float]) -> Seen:
+        """The first blocks alone, as far as a guard's metric needs them; a run with it as `resume` goes on there."""
+        ...
+
 
 class Compiler(Protocol):
     """Compiles one model for one backend. Prepared weights belong to it and are shared by its networks."""
@@ -79,6 +93,16 @@ class Compiler(Protocol):
     @property
     def precisions(self) -> frozenset[str]:
         """In which rows run, where a plan names precisions."""
+        ...
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Of which rows keep and give again; see `engine.caching`."""
+        ...
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Of guards that networks can look at."""
         ...
 
     def why_not(self, variant: Variant) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vivace.engine.bind import ModelSpec
 from vivace.engine.compiled import Compiler, Evaluation, Hoisted
+from vivace.engine.kept import Seen, Turn
 from vivace.engine.plan import Variant
 from vivace.errors import UnsupportedError
 
@@ -23,7 +24,8 @@ class Denoiser(Protocol):
     """A network the executors can run. It holds weights only; everything of a request is an argument.
 
     models: names of its networks as plans call them, "main" first; precisions: in which `evaluate` runs blocks, where
-    a variant names them; digest: of the quantized weights it has for that, "" without.
+    a variant names them; digest: of the quantized weights it has for that, "" without; sites: of blocks, that it can
+    keep and give again; metrics: of guards that `look` knows.
     """
 
     spec: ModelSpec
@@ -32,15 +34,42 @@ class Denoiser(Protocol):
     models: tuple[str, ...]
     precisions: frozenset[str]
     digest: str
+    sites: frozenset[str]
+    metrics: frozenset[str]
 
     def encode(self, prompt: Any) -> Any:
         """The condition of a prompt, opaque to the engine. Raises PromptError before any work starts."""
         ...
 
     def evaluate(
-        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        conditions: Sequence[Any],
+        variant: Variant,
+        turns: Sequence[Turn] = (),
+        resume: Seen | None = None,
     ) -> tuple[Tensor, ...]:
-        """Predictions of `variant.branches`: each [n, ...] for x [n, ...], one timestep and one condition a sample."""
+        """Predictions of `variant.branches`: each [n, ...] for x [n, ...], one timestep and one condition a sample.
+
+        turns: what is kept and what is given again; resume: where a look at the first blocks ended.
+        """
+        ...
+
+    def why_not_kept(self, site: str, blocks: tuple[int, int]) -> str | None:
+        """Why a site of `sites` cannot be kept or given again in these blocks; None when it can."""
+        ...
+
+    def look(
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        conditions: Sequence[Any],
+        variant: Variant,
+        metric: str,
+        params: Sequence[float],
+    ) -> Seen:
+        """The first blocks alone, as far as a guard's metric needs them."""
         ...
 
     def compiler(self) -> Compiler | Replayable:
@@ -108,6 +137,11 @@ class Replayable(Protocol):
         """In which rows run, where a plan names precisions."""
         ...
 
+    @property
+    def sites(self) -> frozenset[str]:
+        """Of which pieces keep and give again; rows with others are evaluated by the denoiser."""
+        ...
+
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be staged; None when it can."""
         ...
@@ -162,13 +196,14 @@ class BlockCall:
 
     hidden: image tokens (or feature map) it reads; context: text tokens it reads, None without; skips: what an up
     block takes from the down path; image: slice of `hidden` along its tokens that are image tokens; options: whatever
-    else the model hands to the block, by argument name.
+    else the model hands to the block, by argument name; compute: runs the block as the model would, `skips=` with
+    others, `inside=` as a stand-in that it makes of the block.
     """
 
     info: BlockInfo
     hidden: Tensor
     context: Tensor | None
-    compute: Callable[[], BlockOut]  # runs the block as the model would
+    compute: Callable[..., BlockOut]
     skips: tuple[Tensor, ...] = ()
     image: slice = field(default_factory=lambda: slice(None))
     options: dict[str, Any] = field(default_factory=dict)
@@ -193,6 +228,8 @@ class CallableDenoiser:
     models: tuple[str, ...] = ("main",)
     precisions: frozenset[str] = frozenset()
     digest: str = ""
+    sites: frozenset[str] = frozenset()
+    metrics: frozenset[str] = frozenset()
 
     def __init__(self, call: Callable[..., Tensor], prediction: str, shape: tuple[int, ...], like: Tensor) -> None:
         self.call = call
@@ -203,12 +240,24 @@ class CallableDenoiser:
         return None
 
     def evaluate(
-        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        conditions: Sequence[Any],
+        variant: Variant,
+        turns: Sequence[Turn] = (),
+        resume: Seen | None = None,
     ) -> tuple[Tensor, ...]:
         t = torch.tensor(timesteps, dtype=x.dtype, device=x.device)
         if variant.branches == ("cond",):
             return (self.call(x, t),)
         return tuple(self.call(x, t, branch=branch) for branch in variant.branches)
+
+    def why_not_kept(self, site: str, blocks: tuple[int, int]) -> str:
+        return "a plain function has no blocks"
+
+    def look(self, *_: Any) -> Seen:
+        raise UnsupportedError("a plain function has no blocks to look at")
 
     def compiler(self) -> Compiler:
         raise UnsupportedError("a plain function cannot be compiled")

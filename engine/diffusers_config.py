@@ -7,7 +7,7 @@ does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vivace.engine.noise_schedule import FloatArray
 from vivace.engine.plan import Step, Transform
+from vivace.engine.solvers.rows import planned_ages
 from vivace.engine.timesteps import SPACINGS, Grid
 from vivace.errors import UnsupportedError
 
@@ -214,6 +215,7 @@ class Request:
     """A config with all its fields, the request's own numbers, and the class's table of the training timesteps.
 
     own: what `set_timesteps` of the scheduler object put into the tables of `grids.RUN_TABLES`, for these steps.
+    history, cached: of the multistep classes, what rows that did not compute everything mean to later ones.
     """
 
     name: str
@@ -225,6 +227,13 @@ class Request:
     table: npt.NDArray[Any]
     strength: float | None = None
     own: Mapping[str, Any] | None = None
+    history: str = "own"
+    cached: tuple[int, ...] = ()
+
+    def ages(self, orders: Sequence[int], first: int = 0) -> list[tuple[int, ...]]:
+        """Of every row from `first` on the rows that it reads, see `solvers.rows.planned_ages`."""
+        cached = [row - first for row in self.cached if row >= first]
+        return planned_ages(self.name, len(orders), orders, self.history, cached)
 
     def __getitem__(self, field: str) -> Any:
         return self.config[field]

@@ -15,7 +15,7 @@ from vivace.engine.solvers.ddim import ddim_rows, ends_of
 from vivace.engine.solvers.dpmpp import dpmpp_rows
 from vivace.engine.solvers.quadrature import lagrange_rows
 from vivace.engine.solvers.rows import assemble, falling_orders, usable_order
-from vivace.engine.solvers.unipc import unipc_rows
+from vivace.engine.solvers.unipc import uncorrected, unipc_rows
 from vivace.engine.timesteps import Grid, choose
 
 FEW_STEPS = 15  # `lower_order_final` of the DPM-Solver and DEIS classes acts below this number of steps
@@ -71,8 +71,11 @@ def _multistep(
 
     def rows(first: int) -> tuple[Step, ...]:
         part, asked = grid.tail(first), orders[first:]
-        made = dpmpp_rows(part, prediction, asked, variant, transform, form=form, eta=eta)
+        ages = request.ages(asked, first)
+        made = dpmpp_rows(part, prediction, asked, variant, transform, form=form, eta=eta, ages=ages)
         if eta and order == 3:
+            if request.history != "own":
+                raise request.refuse("solver_order", "the third order of the SDE keeps every row in its history")
             made = own.turn_third_sde_order(made, part, [usable_order(part, k, p) for k, p in enumerate(asked)])
         return read(made)
 
@@ -151,7 +154,9 @@ def deis(request: Request) -> Made:
 
     def rows(first: int) -> tuple[Step, ...]:
         part = grid.tail(first)
-        made = lagrange_rows(part, inner, orders[first:], form="eps", variable="lam", transform=transform)
+        asked = orders[first:]
+        ages = request.ages(asked, first)
+        made = lagrange_rows(part, inner, asked, form="eps", variable="lam", transform=transform, ages=ages)
         return own.refeed(made, read)
 
     return Made(grid, prediction, rows)
@@ -165,12 +170,15 @@ def unipc(request: Request) -> Made:
     sigmas, fed, last = grids.unipc_sigmas(request)
     grid = grids.sigma_grid(request, sigmas, last if request["final_sigmas_type"] == "sigma_min" else 0.0, fed)
     orders = falling_orders(grid.steps, order, bool(request["lower_order_final"]))
-    corrected = [row not in request["disable_corrector"] for row in range(grid.steps)]
+    without = {*request["disable_corrector"], *uncorrected(request.history, request.cached)}
+    corrected = [row not in without for row in range(grid.steps)]
     transform = transform_of(request) if form == "x0" else None
 
     def rows(first: int) -> tuple[Step, ...]:
         part = grid.tail(first)
-        made = unipc_rows(part, inner, orders[first:], variant, corrected[first:], transform, form=form)
+        asked = orders[first:]
+        ages = request.ages(asked, first)
+        made = unipc_rows(part, inner, asked, variant, corrected[first:], transform, form=form, ages=ages)
         return own.refeed(made, read)
 
     return Made(grid, prediction, rows)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from vivace.errors import ArgumentError
+
+FORMS = ("newton", "taylor")
 
 
 def forecast_weights(order: int, ahead: float, apart: float = 1.0) -> tuple[float, ...]:
@@ -36,3 +39,29 @@ def noise_gain(order: int, ahead: float, apart: float = 1.0) -> float:
     Args, raises: of `forecast_weights`.
     """
     return math.fsum(weight * weight for weight in forecast_weights(order, ahead, apart))
+
+
+def node_weights(nodes: Sequence[float], at: float, form: str = "newton") -> tuple[float, ...]:
+    """Weights of values computed at `nodes`, newest first, for a forecast of order len(nodes) - 1 at another place.
+
+    Args:
+        nodes: distinct, in any variable; at: where the value is wanted, in the same variable.
+        form: "newton": the polynomial through all values, exact on polynomials of the order. "taylor": sum_m D_m k^m/m!
+            with D_0 = f, D_{m+1} = (D_m(newest) - D_m(the one before)) / (their distance), k = at - newest: the
+            published rule of TaylorSeer, which is the same up to order 1.
+    Returns: the weights; they add up to 1. Raises: ArgumentError.
+    Source: Newton's divided differences; Liu et al. 2025 (TaylorSeer), eq. 7 to 9.
+    """
+    if form not in FORMS:
+        raise ArgumentError(f"node_weights: form {form!r}; use {' or '.join(FORMS)}")
+    if not nodes or len(set(nodes)) < len(nodes) or not all(math.isfinite(t) for t in (*nodes, at)):
+        raise ArgumentError(f"node_weights: nodes {tuple(nodes)} and place {at}; distinct finite numbers are needed")
+    count = len(nodes)
+    levels = [[1.0 if i == j else 0.0 for i in range(count)] for j in range(count)]  # D_m at node j, as weights
+    total, factor = list(levels[0]), 1.0
+    for m in range(1, count):
+        apart = [nodes[j] - nodes[j + (m if form == "newton" else 1)] for j in range(count - m)]
+        levels = [[(a - b) / apart[j] for a, b in zip(levels[j], levels[j + 1], strict=True)] for j in range(count - m)]
+        factor *= (at - nodes[m - 1]) if form == "newton" else (at - nodes[0]) / m
+        total = [have + factor * weight for have, weight in zip(total, levels[0], strict=True)]
+    return tuple(total)

@@ -22,6 +22,7 @@ from vivace.engine.timesteps import numbers, require_steps
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, UnsupportedError
 
+HISTORIES = tuple(f"{kind}MultistepScheduler" for kind in ("DPMSolver", "DEIS", "UniPC", "EDMDPMSolver"))
 ENDS_WITH_SIGMA = ("EulerDiscreteScheduler",)  # explicit sigmas of these classes include the final level
 
 
@@ -82,7 +83,8 @@ def remake(arguments: Args, tail: float | None = None) -> Plan:
     table = np.asarray(saved["values"], dtype=saved["dtype"]) if saved else grids.table_of_config(name, config)
     steps, mu = require_steps(values["steps"]), values.get("mu")
     given = values.get("timesteps"), values.get("sigmas")
-    made = make(Request(name, config, steps, *given, mu, table, tail, values.get("own")))
+    history = values.get("history", "own"), tuple(values.get("cached", ()))
+    made = make(Request(name, config, steps, *given, mu, table, tail, values.get("own"), *history))
     first = first_row(made.steps or made.grid.steps, tail)
     first = 0 if made.tailed else first
     init = start_from_noise(made.scale) if tail is None else start_from_latent(made.grid.level(first))

@@ -89,7 +89,8 @@ class Rule:
     blocks: half-open; while unbound negative numbers count from the end and a last of 0 is the end: (0, 0) is all.
     site: "block" | "attn" | "cross_attn" | "mlp" | "residual" | "kv" | "merge"; branches None = all.
     order: of the forecast; on COMPUTE: how many earlier values are kept. store: dtype in which the result is kept.
-    precision: "fp32" | "bf16" | "int8" | "fp8"; share: of tokens merged (site "merge").
+    precision: "fp32" | "bf16" | "int8" | "fp8"; share: of tokens merged (site "merge"). weights: where those of this
+    rule's forecast begin in `Step.forecast`, order + 1 of them.
     """
 
     blocks: tuple[int, int]
@@ -100,6 +101,7 @@ class Rule:
     store: str | None = None
     precision: str | None = None
     share: float = 1.0
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,8 @@ class Guard:
 class Step:
     """One row: evaluate the network on `x_scale * x` at `timestep`, one out slot per branch, then run `ops` in order.
 
-    `alpha`, `sigma`: level of slot `x` before the row. `variant` None: a row without evaluation.
+    `alpha`, `sigma`: level of slot `x` before the row. `variant` None: a row without evaluation. `forecast`: weights of
+    kept values, newest first, of every FORECAST rule one after the other (see `Rule.weights`).
     """
 
     timestep: float
@@ -202,8 +205,7 @@ def thaw(value: Value) -> Any:
 class Recipe:
     """Enough to make the plan again: the maker with its arguments, the part kept, the passes in order.
 
-    maker: "make_plan" or "from_diffusers"; `tail`: strength kept by `Plan.tail`, None for a plan from noise;
-    `passes`: (name, arguments).
+    maker: "make_plan" or "from_diffusers"; `tail`: share that `Plan.tail` kept, None: all; `passes`: (name, arguments).
     """
 
     maker: str
@@ -224,13 +226,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a plan was bound to. `tokens`: image tokens at `latent_shape`; `token_group`: `keep` is a multiple of it."""
+    """What a plan was bound to. tokens: of the image; token_group: of `keep`; width: of a token, 0 unknown."""
 
     fingerprint: str
     blocks: int
     tokens: int
     token_group: int
     latent_shape: tuple[int, ...]
+    width: int = 0
 
 
 Derived = TypeVar("Derived")
@@ -242,7 +245,7 @@ class _Remembers:
     __slots__ = ("_derived",)
     _derived: dict[str, Any]
 
-    def _once(self, name: str, make: Callable[[], Derived]) -> Derived:
+    def once(self, name: str, make: Callable[[], Derived]) -> Derived:
         """make(), called the first time only."""
         if not hasattr(self, "_derived"):
             object.__setattr__(self, "_derived", {})
@@ -271,7 +274,7 @@ class Plan(_Remembers):
 
     def __hash__(self) -> int:
         compared = (self.steps, self.prediction, self.init, self.recipe, self.tensors, self.binding)
-        return self._once("__hash__", lambda: hash(compared))
+        return self.once("__hash__", lambda: hash(compared))
 
     @property
     def nfe(self) -> int:
@@ -286,7 +289,7 @@ class Plan(_Remembers):
     @property
     def variants(self) -> tuple[Variant, ...]:
         """Distinct structures in order of first use, guards' alternatives included."""
-        return self._once("variants", self._variants)
+        return self.once("variants", self._variants)
 
     def _variants(self) -> tuple[Variant, ...]:
         pairs = [(step.variant, None if step.guard is None else step.guard.otherwise) for step in self.steps]
@@ -295,7 +298,7 @@ class Plan(_Remembers):
     @property
     def inputs(self) -> tuple[InputRef, ...]:
         """Request inputs the plan reads: numbers and tensors, in order of first use."""
-        return self._once("inputs", self._inputs)
+        return self.once("inputs", self._inputs)
 
     def _inputs(self) -> tuple[InputRef, ...]:
         seen: dict[InputRef, None] = {}
@@ -322,7 +325,7 @@ class Plan(_Remembers):
         """SHA-256 (hex) of the canonical JSON and the side-car's bytes."""
         from vivace.engine.plan_io import plan_hash
 
-        return self._once("hash", lambda: plan_hash(self))
+        return self.once("hash", lambda: plan_hash(self))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON, with a `.safetensors` side-car beside it when it has tensors. Atomic."""
@@ -338,23 +341,25 @@ class Plan(_Remembers):
         return load_plan(path)
 
     def bind(self, spec: ModelSpec, shape: tuple[int, ...] | None = None) -> Plan:
-        """Resolve block ranges and token shares for a model and a latent shape (C, H, W); checked again.
-
-        A plan that is bound already may be bound again to the same model and shape only.
-        """
+        """Block ranges and token shares for a model and a latent shape (C, H, W); checked again. Binds to one only."""
         from vivace.engine.bind import bind_plan
 
         return bind_plan(self, spec, shape)
 
     def tail(self, strength: float) -> Plan:
-        """The plan of an image-to-image run: the last `strength` share of the steps, re-planned from the recipe.
+        """The plan of an image-to-image run: its last int(steps * strength) rows, re-planned from the recipe.
 
-        The start latent is the slot `input:start`, mixed with noise to the first level; strength in (0, 1], rounded to
-        int(steps * strength) rows.
+        The start latent is the slot `input:start`, mixed with noise to the first level; strength in (0, 1].
         """
         from vivace.engine.planning import tail_plan
 
         return tail_plan(self, strength)
+
+    def again(self, **changes: Any) -> Plan:
+        """The plan of its recipe with changes to the maker's arguments (steps=, order=, ...); unbound."""
+        from vivace.engine.planning import plan_again
+
+        return plan_again(self, changes)
 
     @classmethod
     def from_diffusers(
@@ -367,10 +372,7 @@ class Plan(_Remembers):
         mu: float | None = None,
         strength: float = 1.0,
     ) -> Plan:
-        """The plan that this `diffusers` scheduler (object or config dict) would run; refuses by name what it lacks.
-
-        strength below 1 is the `tail` of the plan.
-        """
+        """The plan that this `diffusers` scheduler (object or config) would run. strength below 1: its `tail`."""
         from vivace.engine.from_diffusers import plan_from_diffusers
 
         return plan_from_diffusers(scheduler, steps, timesteps=timesteps, sigmas=sigmas, mu=mu, strength=strength)

@@ -264,6 +264,7 @@ READERS: dict[type, dict[str, Reader]] = {
         "store": _maybe(_str),
         "precision": _maybe(_str),
         "share": _float,
+        "weights": _int,
     },
     p.Variant: {
         "model": _str,
@@ -297,7 +298,14 @@ READERS: dict[type, dict[str, Reader]] = {
     },
     p.Recipe: {"maker": _str, "arguments": _args, "tail": _maybe(_float), "passes": _list(_pair(_str, _args))},
     p.TensorInfo: {"key": _str, "shape": _INTS, "dtype": _str, "sha256": _str},
-    p.Binding: {"fingerprint": _str, "blocks": _int, "tokens": _int, "token_group": _int, "latent_shape": _INTS},
+    p.Binding: {
+        "fingerprint": _str,
+        "blocks": _int,
+        "tokens": _int,
+        "token_group": _int,
+        "latent_shape": _INTS,
+        "width": _int,
+    },
     p.Plan: {
         "steps": _list(_record(p.Step)),
         "prediction": _str,

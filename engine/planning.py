@@ -7,10 +7,10 @@ from typing import Any
 
 from vivace.engine import from_diffusers
 from vivace.engine.from_diffusers import first_row
-from vivace.engine.interchange.replay import replay
+from vivace.engine.interchange.replay import CACHES, replay
 from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.plan import PREDICTIONS, Args, Plan, Recipe
-from vivace.engine.solvers import solver_options, solver_rows
+from vivace.engine.solvers import SOLVERS, solver_options, solver_rows
 from vivace.engine.solvers.rows import start_from_latent, start_from_noise
 from vivace.engine.timesteps import choose, make_grid, numbers
 from vivace.engine.verify import verify
@@ -90,29 +90,57 @@ def replan(recipe: Recipe, **changes: Any) -> Plan:
     arguments = Args.of({name: value for name, value in merged.items() if value is not None})
     make = _make if recipe.maker == "make_plan" else from_diffusers.remake
     plan = make(arguments, tail)
-    if tail is None or not any(_cut(args) for _, args in recipe.passes):
+    if tail is None or not any(_cut(name, args) for name, args in recipe.passes):
         return apply_passes(plan, recipe)
-    full = make(arguments, None).nfe
-    kept = [(name, within) for name, args in recipe.passes if (within := _within(args, full, plan.nfe)) is not None]
-    plan = replay(plan, kept)
-    assert plan.recipe is not None
-    return replace(plan, recipe=replace(plan.recipe, passes=recipe.passes))  # they name rows of the full plan
+    full = make(arguments, None)
+    for count, (name, args) in enumerate(recipe.passes, 1):
+        within = _within(name, args, full, plan)
+        full, plan = replay(full, [(name, args)]), replay(plan, [] if within is None else [(name, within)])
+        assert plan.recipe is not None
+        plan = replace(
+            plan, recipe=replace(plan.recipe, passes=recipe.passes[:count])
+        )  # they name the full plan's rows
+    return plan
 
 
-def _cut(args: Args) -> bool:
+def plan_again(plan: Plan, changes: dict[str, Any]) -> Plan:
+    """The plan of a plan's recipe with changes to the maker's arguments; `cached` names rows of the plan at hand.
+
+    Raises: PlanError for a plan without recipe, or whose maker or solver has no such option; whatever they raise.
+    """
+    recipe = plan.recipe
+    if recipe is None:
+        raise PlanError("again: the plan has no recipe to plan it anew from; make it with make_plan")
+    if "history" in changes:
+        arguments = recipe.arguments.to_dict()
+        known = [name for name in SOLVERS if "history" in solver_options(name)]
+        name = arguments["solver"] if "solver" in arguments else arguments["scheduler"]["_class_name"]
+        known = known if "solver" in arguments else list(from_diffusers.HISTORIES)
+        if name not in known:
+            raise PlanError(f"again: {name} has no option history; {', '.join(known)} have; else use 'own'")
+    if recipe.tail is not None and "cached" in changes:
+        cut = replan(recipe, tail=None).nfe - plan.nfe
+        changes = changes | {"cached": [row + cut for row in changes["cached"]]}
+    return replan(recipe, **changes)
+
+
+def _cut(name: str, args: Args) -> bool:
     """A pass that does something to some rows only."""
-    return bool(args.to_dict().get("interval", (0.0, 1.0)) != (0.0, 1.0))
+    return name in CACHES or bool(args.to_dict().get("interval", (0.0, 1.0)) != (0.0, 1.0))
 
 
-def _within(args: Args, full: int, rows: int) -> Args | None:
-    """A pass's arguments for the last `rows` of `full` evaluations: the same rows as before; None when none is left."""
-    values = args.to_dict()
-    if not _cut(args):
+def _within(name: str, args: Args, full: Plan, plan: Plan) -> Args | None:
+    """A pass's arguments for the last evaluations of `full`: the same rows as before; None when none is left."""
+    rows, first = plan.nfe, full.nfe - plan.nfe
+    if name in CACHES:
+        return CACHES[name](full, args, first) if first else args
+    if not _cut(name, args):
         return args
-    first, last = (max(0, int(share * full) - (full - rows)) for share in values["interval"])
-    if first >= last:
+    values = args.to_dict()
+    start, end = (max(0, int(share * full.nfe) - first) for share in values["interval"])
+    if start >= end:
         return None
-    values["interval"] = (min(1.0, (first + 0.5) / rows) if first else 0.0, min(1.0, (last + 0.5) / rows))
+    values["interval"] = (min(1.0, (start + 0.5) / rows) if start else 0.0, min(1.0, (end + 0.5) / rows))
     return Args.of(values)
 
 
@@ -130,8 +158,9 @@ def _make(arguments: Args, tail: float | None = None) -> Plan:
     places = {name: values.pop(name) for name in ("grid", "timesteps", "sigmas", "final") if name in values}
     grid = make_grid(schedule, steps, **places)
     first = first_row(grid.steps, tail)
-    if first and "disable_corrector" in values:  # names rows of the full plan
-        values["disable_corrector"] = [row - first for row in values["disable_corrector"]]
+    for name in ("disable_corrector", "cached"):  # these name rows of the full plan
+        if first and name in values:
+            values[name] = [row - first for row in values[name] if name != "cached" or row >= first]
     rows = solver_rows(solver, grid.tail(first), prediction, values)
     scale = grid.sigmas[0] if schedule.kind == "edm" else 1.0
     init = start_from_noise(scale) if tail is None else start_from_latent(grid.level(first))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vivace import __version__
+from vivace.engine.caching import cache_bytes, read_by, share_of
+from vivace.engine.guards import Decision
 from vivace.engine.plan import Plan
 from vivace.engine.precision import spelled
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from vivace.engine.executors import Executor
     from vivace.engine.probe import Probe
     from vivace.engine.request import State
+
+CACHING = ("apply_block_cache", "apply_guards", "apply_smoothcache", "apply_step_mask")  # passes that ask for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ class KernelUse:
 class RowRecord:
     """One executed row. `batch`: samples that shared its launch; the ms are those of the launch.
 
-    precision: what its blocks multiplied in, "model" where the plan says nothing.
+    precision: what its blocks multiplied in, "model" where the plan says nothing; share: of its work that was computed,
+    the rest came from caches (mean of the pictures); reused, forecast: sites of blocks that gave kept values.
     """
 
     row: int
@@ -91,6 +96,9 @@ class RowRecord:
     network_ms: float
     step_ms: float
     precision: str = "model"
+    share: float = 1.0
+    reused: int = 0
+    forecast: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,8 @@ class Receipt:
     predicted_ms: of the launches this request shared, from the forwards timed at compile time; None: not timed.
     compiles: artefacts the session compiled so far, its whole life; hoisted: bytes of what left the loop, by part.
     compiled: how the model was compiled: what runs its rows and what was measured to decide it, buckets; plain data.
+    caches: of a plan that caches: cells, bytes planned and taken, sites reused and forecast, share of work computed;
+    decisions: of its guards, row by row.
     details: what else took part, such as prompt cache, decoder and pieces that kept their own kernels; plain data.
     """
 
@@ -124,6 +134,8 @@ class Receipt:
     compiles: int = 0
     hoisted: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, Any] = field(default_factory=dict)
+    caches: dict[str, Any] = field(default_factory=dict)
+    decisions: tuple[Decision, ...] = ()
     one_by_one: str | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -159,6 +171,10 @@ class Receipt:
         if set(self.precisions) - {"model"}:
             rows = ", ".join(f"{name} in {count} rows" for name, count in self.precisions.items())
             lines.append(f"precision {rows}")
+        if self.caches:
+            lines.append(f"caches    {_cached(self.caches)}")
+        if self.decisions:
+            lines.append("guards    " + " ".join(f"{d.row}:{sum(d.fired)}/{len(d.fired)}" for d in self.decisions))
         if self.hoisted:
             parts = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in self.hoisted.items())
             lines.append(f"hoisted   {parts}")
@@ -197,13 +213,7 @@ def make_receipt(
 ) -> Receipt:
     """The receipt of a finished request from the events of its rows."""
     plan, pool, n = state.plan, state.pool, state.request.n
-    rows = []
-    for i in range(len(plan.steps)):
-        mine = {event.name: event for event in events if event.row == i}
-        network, step = mine.get("network"), mine["solver_step"]
-        branches, variant = (plan.steps[i].branches if network else ()), plan.steps[i].variant
-        precision = "model" if variant is None else spelled(variant)
-        rows.append(RowRecord(i, branches, step.batch, network.ms if network else 0.0, step.ms, precision))
+    rows = tuple(_row(state, i, events, denoiser) for i in range(len(plan.steps)))
     phases: dict[str, float] = {}
     for event in events:
         name = "start" if event.row < 0 and event.name == "solver_step" else event.name
@@ -220,7 +230,7 @@ def make_receipt(
         nfe=len(evaluated),
         branch_evals_planned=plan.branch_evals,
         branch_evals=sum(len(row.branches) for row in evaluated),
-        rows=tuple(rows),
+        rows=rows,
         phases={name: round(ms, 4) for name, ms in phases.items()},
         measured_ms=measured_ms,
         predicted_ms=_predicted(probe, plan, evaluated),
@@ -230,8 +240,10 @@ def make_receipt(
         compiles=executor.compiles,
         hoisted={} if state.hoisted is None else dict(state.hoisted.bytes),
         compiled=executor.report(),
+        caches=_caches(state, rows),
+        decisions=() if state.watch is None else tuple(state.watch.decisions),
         one_by_one=executor.one_by_one,
-        warnings=state.warnings,
+        warnings=(*state.warnings, *_unused(state, rows)),
         versions={"vivace": __version__, "torch": torch.__version__},
         details={name: report for name, report in denoiser.reports().items() if report is not None},
         events=events,
@@ -242,6 +254,68 @@ def _predicted(probe: Probe | None, plan: Plan, rows: list[RowRecord]) -> float 
     """What `rows` should have taken by the forwards timed at compile time; None where one was not timed."""
     if probe is None:
         return None
-    variants = [(plan.steps[row.row].variant, row.batch) for row in rows]
-    times = [probe.predict_ms(plan, variant, n) for variant, n in variants if variant is not None]
-    return None if None in times else sum(ms for ms in times if ms is not None)
+    variants = [(plan.steps[row.row].variant, row) for row in rows]
+    times = [(probe.predict_ms(plan, variant, row.batch), row) for variant, row in variants if variant is not None]
+    return None if any(ms is None for ms, _ in times) else sum(ms * row.share for ms, row in times if ms is not None)
+
+
+def _row(state: State, i: int, events: tuple[Event, ...], denoiser: Denoiser) -> RowRecord:
+    """What was recorded of row i, pictures that a guard sent different ways taken together."""
+    mine = [event for event in events if event.row == i]
+    steps = [event for event in mine if event.name == "solver_step"]
+    network = [event for event in mine if event.name in ("network", "look")]
+    step = state.plan.steps[i]
+    variant, uses = step.variant, state.caches.rows[i].uses
+    branches = step.branches if network else ()
+    precision = "model" if variant is None else spelled(variant)
+    times = sum(event.ms for event in network), sum(event.ms for event in steps)
+    record = RowRecord(i, branches, sum(event.batch for event in steps), *times, precision)
+    if variant is None or not (state.caches.planes or step.guard is not None):
+        return record
+    costs, blocks = denoiser.spec.costs, denoiser.spec.blocks
+    own = share_of(variant, uses, blocks, costs), read_by(uses)
+    if step.guard is None or state.watch is None:
+        return replace(record, share=own[0], reused=own[1][0], forecast=own[1][1])
+    otherwise = state.caches.rows[i].otherwise
+    other = share_of(step.guard.otherwise, otherwise, blocks, costs), read_by(otherwise)
+    fired = next((decision.fired for decision in state.watch.decisions if decision.row == i), ())
+    part = sum(fired) / len(fired) if fired else 0.0
+    taken = other if part == 1.0 else own
+    whole = part * other[0] * len(step.guard.otherwise.branches) / len(variant.branches) + (1.0 - part) * own[0]
+    return replace(record, share=whole, reused=taken[1][0], forecast=taken[1][1])
+
+
+def _caches(state: State, rows: Sequence[RowRecord]) -> dict[str, Any]:
+    """What was kept and given again; empty for a plan that does not cache."""
+    planned = state.caches
+    if not planned.planes:
+        return {}
+    evaluated = [row for row in rows if row.branches]
+    return {
+        "cells": len(planned.planes),
+        "planes": sum(planned.planes.values()),
+        "bytes_planned": None if (per := cache_bytes(state.plan)) is None else per * state.request.n,
+        "bytes": 0 if state.kept is None else state.kept.nbytes + (state.watch.nbytes if state.watch else 0),
+        "reused": sum(row.reused for row in evaluated),
+        "forecast": sum(row.forecast for row in evaluated),
+        "computed_share": sum(row.share for row in evaluated) / max(1, len(evaluated)),
+    }
+
+
+def _unused(state: State, rows: Sequence[RowRecord]) -> tuple[str, ...]:
+    """A warning where caching was asked for and no row gave a kept value."""
+    asked = any(rule.action is not None for variant in state.plan.variants for rule in variant.rules)
+    recipe = state.plan.recipe
+    named = [] if recipe is None else [name for name, _ in recipe.passes if name in CACHING]
+    if not (asked or named) or any(row.reused or row.forecast for row in rows):
+        return ()
+    return (f"caching had no effect: no row gave a kept value ({', '.join(named) or 'rules of the plan'})",)
+
+
+def _cached(found: dict[str, Any]) -> str:
+    """One line of the printout."""
+    planned = "" if found["bytes_planned"] is None else f" of {found['bytes_planned'] / 2**20:.2f} planned"
+    return (
+        f"{found['cells']} cells, {found['bytes'] / 2**20:.2f} MiB{planned}; {found['reused']} reused, "
+        f"{found['forecast']} forecast, {found['computed_share']:.0%} of the work computed"
+    )

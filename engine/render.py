@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from math import isinf
+from typing import Any
 
-from vivace.engine.plan import Affine, AgeRef, Coef, InputRef, Op, Plan, Rule, Step, TensorRef, Variant
+from vivace.engine.plan import Action, Affine, AgeRef, Coef, InputRef, Op, Plan, Rule, Step, TensorRef, Variant
 from vivace.engine.prediction import to_eps, to_x0
 
 HEADER = ("#", "t", "lam", "net", "branches", "blocks", "keep", "ops")
@@ -52,6 +53,8 @@ def row_cells(i: int, step: Step, plan: Plan) -> tuple[str, ...]:
     lam = ("inf" if step.lam > 0 else "-inf") if isinf(step.lam) else f"{step.lam:.3f}"
     ops = "; ".join(render_op(op, plan.prediction, step) for op in step.ops)
     mark = " restart" if step.restart else ""
+    if step.forecast:
+        mark += f" forecast {','.join(number(weight) for weight in step.forecast)}"
     variant = step.variant
     if variant is None:
         return str(i), number(step.timestep, 6), lam, "-", "-", "-", "-", ops + mark
@@ -73,9 +76,19 @@ def _made_by(plan: Plan) -> str:
     if recipe is None:
         return "made by hand"
     args = recipe.arguments.to_dict()
-    passes = "".join(f" + {name.removeprefix('apply_')}" for name, _ in recipe.passes)
+    passes = "".join(f" + {_pass(name, pass_args.to_dict())}" for name, pass_args in recipe.passes)
     tail = "" if recipe.tail is None else f" tail {number(recipe.tail)}"
-    return f"{args.get('solver') or args.get('scheduler') or recipe.maker}{tail}{passes}"
+    return f"{args.get('solver') or args.get('scheduler') or recipe.maker}{_history(args)}{tail}{passes}"
+
+
+def _pass(name: str, args: dict[str, Any]) -> str:
+    """A pass, with the planner that it was given and what it did to the solver's history."""
+    planner = args.get("by") or args.get("planner") or args.get("guards")
+    return name.removeprefix("apply_") + (f" {planner}" if planner else "") + _history(args)
+
+
+def _history(args: dict[str, Any]) -> str:
+    return "" if args.get("history", "own") == "own" else f" history {args['history']}"
 
 
 def _precision(variant: Variant) -> str:
@@ -88,16 +101,38 @@ def _blocks(variant: Variant, blocks: int | None) -> str:
     """Letters, one per block, when bound; the rules themselves while unbound."""
     rules = [rule for rule in variant.rules if rule.action is not None]
     if blocks is None:
-        return ",".join(f"{_where(rule)}{LETTERS[rule.action or 0]}{rule.order or ''}" for rule in rules) or "all"
-    letters = ["C"] * blocks
-    sites = []
-    for rule in rules:
-        letter = LETTERS[rule.action or 0]
-        if rule.site == "block" and rule.branches is None:
-            letters[slice(*rule.blocks)] = letter * (rule.blocks[1] - rule.blocks[0])
-        else:
-            sites.append(f"{_where(rule)}{letter}{rule.order or ''}")
-    return ",".join(["".join(letters), *sites])
+        return ",".join(map(_said, rules)) or "all"
+    letters = "".join(_letter([rule for rule in rules if _covers(rule, block)]) for block in range(blocks))
+    return ",".join([letters, *(_said(rule) for rule in rules if not _is_plain(rule))])
+
+
+def _letter(rules: list[Rule]) -> str:
+    """What a block does: C compute, R or F when nothing of it is computed, in lower case when some of it is."""
+    whole = [rule for rule in rules if rule.site in ("block", "residual")]
+    inner = [rule for rule in rules if rule.site not in ("block", "residual")]
+    for rule in whole:
+        if rule.action != Action.COMPUTE:
+            return LETTERS[rule.action or 0]
+    done = [LETTERS[rule.action or 0] for rule in inner if rule.action != Action.COMPUTE]
+    if not done:
+        return "C"
+    letter = max(done, key=LETTERS.index)
+    return letter if len(done) == len(inner) > 1 else letter.lower()
+
+
+def _covers(rule: Rule, block: int) -> bool:
+    return rule.branches is None and rule.blocks[0] <= block < rule.blocks[1]
+
+
+def _is_plain(rule: Rule) -> bool:
+    """The letters say all of it."""
+    return rule.site == "block" and rule.branches is None and not rule.order and rule.store is None
+
+
+def _said(rule: Rule) -> str:
+    return (
+        f"{_where(rule)}{LETTERS[rule.action or 0]}{rule.order or ''}{'' if rule.store is None else '/' + rule.store}"
+    )
 
 
 def _where(rule: Rule) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from vivace.engine.caching import CachePlan
 from vivace.engine.compiled import Hoisted
+from vivace.engine.guards import Watch
+from vivace.engine.kept import Kept
 from vivace.engine.plan import Plan
 from vivace.engine.pool import Entry, Pool
 from vivace.engine.receipt import Receipt
@@ -60,7 +63,10 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """A request under way. `row`: rows done; `done`: all of them; everything it owns is lanes of `pool`."""
+    """A request under way. `row`: rows done; `done`: all of them; all it owns are lanes of `pool` and of `kept`.
+
+    caches: what its rows keep and give again; watch: what its guards remember, None without guards.
+    """
 
     request: Request
     plan: Plan
@@ -71,7 +77,10 @@ class State:
     owner: int
     warnings: tuple[str, ...]
     began: float
+    caches: CachePlan
     hoisted: Hoisted | None = None
+    kept: Kept | None = None
+    watch: Watch | None = None
     row: int = 0
     closed: str = ""
     records: list[Any] = field(default_factory=list)

@@ -6,17 +6,21 @@ import itertools
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vivace.engine.caching import CachePlan, caches
 from vivace.engine.denoiser import Denoiser
-from vivace.engine.executors import Executor, Group, KernelRows
+from vivace.engine.executors import Executor
+from vivace.engine.grouping import Part, chosen, group_of, grouped
+from vivace.engine.guards import Watch
+from vivace.engine.kept import Kept, KeptMemory, Seen
 from vivace.engine.lower import Given, lower_plan
-from vivace.engine.plan import Plan, Variant
+from vivace.engine.plan import Plan
 from vivace.engine.pool import Pool
 from vivace.engine.probe import Probe
 from vivace.engine.receipt import Timeline, make_receipt
@@ -53,6 +57,8 @@ class Session:
         self._lock = threading.RLock()
         self._owner = next(self._owners)
         self._bound: dict[Plan, Plan] = {}
+        self._caches: dict[Plan, CachePlan] = {}
+        self.kept = KeptMemory()
         self._state_dtype, self._batch = state_dtype, batch or 1
         self._pools: OrderedDict[tuple[int, ...], Pool] = OrderedDict()
         self.pool = self._pool(shape)
@@ -110,13 +116,16 @@ class Session:
             except BaseException:
                 entry.users -= 1
                 raise
-            state = State(request, plan, condition, pool, entry, lanes, self._owner, warnings, began)
+            state = State(
+                request, plan, condition, pool, entry, lanes, self._owner, warnings, began, self._caches[plan]
+            )
             try:
+                self._remember(state)
                 with self.timeline.span(state.records, "hoist", -1, len(lanes)):
                     state.hoisted = self.executor.hoist(plan, condition)
                 for name, tensor in tensors.items():
                     pool.state[slots[f"input:{name}"], list(lanes)] = tensor
-                self._launch([state], None, -1, [entry.lowered.start])
+                self._launch([Part(state, tuple(range(len(lanes))), -1, None)])
             except BaseException:
                 self.abort(state)
                 raise
@@ -125,7 +134,8 @@ class Session:
     def step(self, states: Sequence[State]) -> tuple[Report, ...]:
         """Execute the next row of every state, grouped by structure, one launch a group; any mix of plans and rows.
 
-        When the network fails in one group, the states of that group are as they were before the call.
+        When the network fails in one group, the states of that group are as they were before the call; one whose guard
+        had sent its pictures to several groups, of which some had run, is aborted.
         """
         with self._lock, self._threads():
             for state in states:
@@ -134,13 +144,17 @@ class Session:
                     raise StateError("step: a state has no rows left; finish it")
             if len({id(state) for state in states}) != len(states):
                 raise StateError("step: a state is listed twice; list each once")
-            groups: dict[tuple[int, Variant | None], list[State]] = {}
-            for state in states:
-                groups.setdefault((id(state.pool), state.plan.steps[state.row].variant), []).append(state)
-            for (_, variant), members in groups.items():
-                self._launch(members, variant, members[0].row, [s.entry.lowered.spans[s.row] for s in members])
-                for state in members:
-                    state.row += 1
+            parts = chosen(states, self._look)
+            left = Counter(id(part.state) for part in parts)  # groups that a state's pictures are still to run in
+            try:
+                for group in grouped(parts):
+                    self._launch(group)
+                    left.subtract(id(part.state) for part in group)
+                    for state in {id(part.state): part.state for part in group if not left[id(part.state)]}.values():
+                        state.row += 1
+            except BaseException:
+                self._drop(parts, left)
+                raise
             return tuple(Report(s.row - 1, len(s.plan.steps), s.plan.steps[s.row - 1].timestep, s.done) for s in states)
 
     def finish(self, state: State) -> Result:
@@ -181,9 +195,22 @@ class Session:
                 self.probe.cover(bound)
                 self.executor.one_by_one = self.probe.one_by_one
             self._bound[plan] = bound
+            self._caches[bound] = caches(bound)
             if len(self._bound) > self.kept_plans:
-                del self._bound[next(iter(self._bound))]
+                old = self._bound.pop(next(iter(self._bound)))
+                if old not in self._bound.values():
+                    del self._caches[old]
         return bound
+
+    def _remember(self, state: State) -> None:
+        """Memory for what the request keeps, and for what its guards compare with."""
+        plan, spec = state.plan, self.denoiser.spec
+        if state.caches.planes:
+            state.kept = Kept(self.kept, state.caches, len(state.lanes))
+            if spec.width and plan.binding is not None:
+                state.kept.reserve((plan.binding.tokens, spec.width), state.pool.state[:0])
+        if any(step.guard is not None for step in plan.steps):
+            state.watch = Watch(len(state.lanes))
 
     def _shape_of(self, plan: Plan) -> tuple[int, ...]:
         """The latent shape that a plan runs at."""
@@ -202,36 +229,28 @@ class Session:
         self._pools.move_to_end(shape)
         return pool
 
-    def _launch(
-        self, states: Sequence[State], variant: Variant | None, row: int, spans: Sequence[tuple[int, int]]
-    ) -> None:
-        sizes = [len(state.lanes) for state in states]
-        owner = [n for n, size in enumerate(sizes) for _ in range(size)]
-        kernel_rows = []
-        for k in range(max((last - first for first, last in spans), default=0)):
-            having = [(p, n) for p, n in enumerate(owner) if spans[n][0] + k < spans[n][1]]
-            for reduces in (False, True):
-                part = [(p, n) for p, n in having if states[n].entry.lowered.reduces(spans[n][0] + k) == reduces]
-                if part:
-                    rows = tuple(states[n].entry.base + spans[n][0] + k for _, n in part)
-                    kernel_rows.append(KernelRows(tuple(p for p, _ in part), rows, reduces))
-        records: list[Any] = []
-        group = Group(
-            variant,
-            _chain(state.lanes for state in states),
-            tuple([states[n].plan.steps[states[n].row].timestep for n in owner]),
-            tuple([states[n].condition for n in owner]),
-            tuple([states[n].row for n in owner]),
-            tuple([states[n].hoisted for n in owner]),
-            tuple(kernel_rows),
-            _chain(state.seeds for state in states),
-            _chain(state.pictures for state in states),
-            row,
-            records,
-        )
-        self.executor.run(group, states[0].pool, self.timeline)
-        for state in states:
-            state.records.extend([(name, state.row if row >= 0 else -1, *rest) for name, _, *rest in records])
+    def _drop(self, parts: Sequence[Part], left: Counter[int]) -> None:
+        """Close states of which a row ran for some pictures and failed for others: they stand nowhere."""
+        sizes = Counter(id(part.state) for part in parts)
+        for state in {id(part.state): part.state for part in parts}.values():
+            if 0 < left[id(state)] < sizes[id(state)]:
+                self._close(state, "aborted when a row failed for some of its pictures")
+
+    def _launch(self, parts: Sequence[Part]) -> None:
+        """One row, or the start, of parts that share structure."""
+        group, pool = group_of(parts), parts[0].state.pool
+        self.executor.run(group, pool, self.timeline)
+        for part in parts:
+            part.state.records.extend([(name, part.row, *rest) for name, _, *rest in group.records])
+
+    def _look(self, parts: Sequence[Part], metric: str, params: Sequence[float]) -> Seen:
+        """The first blocks of parts that share structure, for their guards."""
+        group, pool = group_of(parts), parts[0].state.pool
+        with self.timeline.span(group.records, "look", group.row, len(group.lanes)):
+            seen = self.executor.look(group, pool, metric, params)
+        for part in parts:
+            part.state.records.extend([(name, part.row, *rest) for name, _, *rest in group.records])
+        return seen
 
     def _inputs(
         self, request: Request, plan: Plan, pool: Pool
@@ -279,13 +298,11 @@ class Session:
         state.closed = how
         state.entry.users -= 1
         state.pool.release(state.lanes)
+        if state.kept is not None:
+            state.kept.release()
 
     def _threads(self) -> _Threads:
         return _Threads(self.threads)
-
-
-def _chain(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(itertools.chain.from_iterable(parts))
 
 
 def _tensor(name: str, value: Any, n: int, pool: Pool) -> Tensor:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 
 from vivace.engine import plan as p
+from vivace.engine.verify_caches import CacheWalk
 from vivace.errors import PlanError
 
 SLOT = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -20,7 +21,7 @@ STORES = ("fp32", "bf16", "fp16", "fp8", "int8")
 DTYPES = {"float64": 8, "float32": 4, "float16": 2}  # of side-car tensors, with bytes per element
 # Far beyond any published method, low enough that a hostile plan costs little time and memory.
 MAX_ROWS, MAX_OPS, MAX_TERMS, MAX_SLOTS, MAX_DRAWS = 20_000, 64, 256, 240, 1 << 30
-MAX_BLOCKS, MAX_RULES, MAX_CELLS = 4096, 1024, 1 << 20  # cells: (block, site, branch) over all cache rules of a plan
+MAX_BLOCKS, MAX_RULES = 4096, 1024
 MAX_TENSORS, MAX_RANK, MAX_ELEMENTS = 1024, 8, 1 << 32  # elements: of all side-car tensors
 # Required and optional parameters, and how many slots are read besides the one changed.
 TRANSFORMS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -62,10 +63,9 @@ class _Walk:
         self.plan = plan
         self.live: dict[str, int] = {}  # slot -> row that wrote it (-1: init)
         self.raw: dict[str, int] = {}  # slot that holds a raw network output -> row of its evaluation
-        self.kept: dict[tuple[str, object, str, str], int] = {}  # (model, block, site, branch) -> values kept
+        self.caches = CacheWalk(None if plan.binding is None else plan.binding.blocks)
         self.used: set[str] = set()  # slots an op or the network touches, inputs included
         self.tensors = {info.key for info in plan.tensors}
-        self.cells = 0
         self.level = math.inf
         self.evaluated = False
 
@@ -116,11 +116,11 @@ class _Walk:
             )
         if step.guard is not None:
             self._guard(where, step, step.guard)
-        self._keep(where, variant)
-        self.evaluated = True
-        for out in step.outs:
+        for out, branch in zip(step.outs, variant.branches, strict=True):
             _slot_name(where, out)
-            self.live[out] = self.raw[out] = i
+            self.live[out], self.raw[out] = i, self.caches.source(variant, branch, i)
+        self.caches.keep(where, i, variant, step.guard is not None)
+        self.evaluated = True
 
     def _guard(self, where: str, step: p.Step, guard: p.Guard) -> None:
         _name(where, "guard metric", guard.metric)
@@ -156,45 +156,9 @@ class _Walk:
         for rule in variant.rules:
             _rule(where, rule, None if binding is None else binding.blocks, branches)
         check_conflicts(where, variant)
-        for rule in variant.rules:
-            self._cached(where, variant, rule, step)
+        self.caches.read(where, variant, step, not self.evaluated)
         if not self.evaluated and variant.keep != tokens:
             raise PlanError(f"{where}: the first evaluated row must be full; keep is {variant.keep:g} of {tokens}")
-
-    def _cached(self, where: str, variant: p.Variant, rule: p.Rule, step: p.Step) -> None:
-        if rule.action not in (p.Action.REUSE, p.Action.FORECAST):
-            return
-        name = rule.action.name
-        if not self.evaluated:
-            raise PlanError(f"{where}: {name} of blocks {rule.blocks} in the first evaluated row; it must be full")
-        need = rule.order + 1 if rule.action == p.Action.FORECAST else 1
-        for key in self._walked(where, variant, rule):
-            have = self.kept.get(key, 0)
-            if have < need:
-                raise PlanError(
-                    f"{where}: {name} of block {key[1]} site {rule.site!r} branch {key[3]!r} needs {need} kept "
-                    f"value(s), has {have}; put a COMPUTE rule with order >= {need - 1} in earlier rows of model "
-                    f"{variant.model!r}"
-                )
-        if rule.action == p.Action.FORECAST and len(step.forecast) < need:
-            raise PlanError(f"{where}: FORECAST of order {rule.order} needs {need} weights, got {len(step.forecast)}")
-
-    def _keep(self, where: str, variant: p.Variant) -> None:
-        orders: dict[tuple[str, object, str, str], int] = {}  # several rules may speak of a cell; it is kept once
-        for rule in variant.rules:
-            if rule.action == p.Action.COMPUTE:
-                for key in self._walked(where, variant, rule):
-                    orders[key] = max(orders.get(key, 0), rule.order)
-        for key, order in orders.items():
-            self.kept[key] = min(self.kept.get(key, 0), order) + 1
-
-    def _walked(self, where: str, variant: p.Variant, rule: p.Rule) -> Iterator[tuple[str, object, str, str]]:
-        """Cells of a rule, counted: the time of the walk is theirs."""
-        first, last = rule.blocks
-        self.cells += max(1, last - first) * len(rule.branches or variant.branches)
-        if self.cells > MAX_CELLS:
-            raise PlanError(f"{where}: cache rules name more than {MAX_CELLS} blocks so far; use fewer rows or sites")
-        return _cells(variant, rule)
 
     def op(self, where: str, i: int, op: p.Op) -> None:
         dst = p.writes(op)
@@ -300,7 +264,7 @@ def _tensors(infos: tuple[p.TensorInfo, ...]) -> None:
 
 def _binding(binding: p.Binding) -> None:
     _name("binding", "fingerprint", binding.fingerprint)
-    sizes = (binding.blocks, binding.tokens, binding.token_group, *binding.latent_shape)
+    sizes = (binding.blocks, binding.tokens, binding.token_group, *binding.latent_shape, binding.width or 1)
     if not binding.latent_shape or len(binding.latent_shape) > MAX_RANK or any(not 0 < n < 1 << 53 for n in sizes):
         raise PlanError(f"binding: {_short(binding)}; all sizes must be positive, the latent of 1 to {MAX_RANK} axes")
     if binding.blocks > MAX_BLOCKS:
@@ -340,6 +304,8 @@ def _rule(where: str, rule: p.Rule, blocks: int | None, branches: tuple[str, ...
     named = branches if rule.branches is None else rule.branches
     if not named or set(named) - set(branches) or len(set(named)) < len(named):
         raise PlanError(f"{where}: rule on branches {_short(named)}; the row runs {branches}, name each once")
+    if rule.weights < 0 or (rule.weights and rule.action != p.Action.FORECAST):
+        raise PlanError(f"{where}: rule weights {rule.weights} go with FORECAST and are >= 0")
     if rule.order < 0 or (rule.order and rule.action not in (p.Action.COMPUTE, p.Action.FORECAST)):
         raise PlanError(f"{where}: rule order {rule.order} goes with COMPUTE or FORECAST and is >= 0")
     if rule.precision is not None and rule.precision not in p.PRECISIONS:
@@ -351,21 +317,14 @@ def _rule(where: str, rule: p.Rule, blocks: int | None, branches: tuple[str, ...
         raise PlanError(f"{where}: share {rule.share}; need 0 < share <= 1")
 
 
-def _cells(variant: p.Variant, rule: p.Rule) -> Iterator[tuple[str, object, str, str]]:
-    """(model, block, site, branch) cells of a rule; a range counted from the end stands for itself while unbound."""
-    first, last = rule.blocks
-    blocks: tuple[object, ...] = tuple(range(first, last)) if 0 <= first < last else (rule.blocks,)
-    for branch in rule.branches or variant.branches:
-        for block in blocks:
-            yield variant.model, block, rule.site, branch
-
-
 def said(rule: p.Rule) -> dict[str, object]:
     """Fields a rule gives a value to; the rest is left to other rules and to the model."""
     fields = {"action": rule.action, "store": rule.store, "precision": rule.precision}
     out: dict[str, object] = {name: value for name, value in fields.items() if value is not None}
     if rule.order:
         out["order"] = rule.order
+    if rule.weights:
+        out["weights"] = rule.weights
     if rule.share != 1.0:
         out["share"] = rule.share
     return out

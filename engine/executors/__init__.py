@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vivace.engine.compiled import Hoisted
 from vivace.engine.denoiser import Denoiser
+from vivace.engine.kept import Seen, Turn
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
@@ -34,7 +35,9 @@ class Group:
     """Samples whose rows share a structure. Sequences are per sample, in the order of `lanes`.
 
     rows: of each sample's plan; hoisted: what left the loop of its request, None where nothing did; kernel_rows: what
-    this plan row launches after the network, in order; row: of the first sample, for the timeline.
+    this plan row launches after the network, in order; row: of the first sample, for the timeline. outs: branches of
+    the row's out slots, of which the variant runs some; turns: what is kept and given again; resume: where a look at
+    the first blocks ended.
     """
 
     variant: Variant | None
@@ -48,6 +51,9 @@ class Group:
     pictures: tuple[int, ...]
     row: int
     records: list[Any]
+    outs: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    resume: Seen | None = None
 
 
 class Executor(Protocol):
@@ -81,6 +87,10 @@ class Executor(Protocol):
         self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
     ) -> tuple[Tensor, ...]:
         """The network alone, as `run` evaluates it: predictions [n, ...] of x [n, ...], valid until the next call."""
+        ...
+
+    def look(self, group: Group, pool: Pool, metric: str, params: Sequence[float]) -> Seen:
+        """The first blocks for the group, as far as a guard's metric needs them."""
         ...
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:

@@ -17,7 +17,8 @@ from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Group
 from vivace.engine.executors.eager import check_compiled
 from vivace.engine.executors.hoists import Kept
-from vivace.engine.executors.steps import finish_rows, step_kernels
+from vivace.engine.executors.steps import by_branches, evaluation, finish_rows, step_kernels
+from vivace.engine.kept import Seen
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
@@ -42,7 +43,7 @@ class CpuExecutor:
 
     def check(self, plan: Plan) -> None:
         """Everything that `EagerExecutor.check` refuses, and variants that the model's compiler cannot take."""
-        check_compiled(plan, self.name, self.denoiser, self.compiler.precisions, self.compiler.why_not)
+        check_compiled(plan, self.name, self.denoiser, self.compiler)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         for variant in plan.variants:
@@ -55,8 +56,8 @@ class CpuExecutor:
         outs: tuple[Tensor, ...] = ()
         if group.variant is not None:
             with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                call = Evaluation(pool.net, group.lanes, group.rows, group.timesteps, group.conditions, group.hoisted)
-                outs = self._run(call, group.variant, pool.shape)
+                call = evaluation(group, pool.net, group.lanes)
+                outs = by_branches(group, call, lambda part, variant: self._run(part, variant, pool.shape))
         with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
             finish_rows(group, pool, outs)
 
@@ -67,6 +68,14 @@ class CpuExecutor:
         hoisted = tuple(self._hoists.of_rows(times, variant.branches, condition) for condition in conditions)
         call = Evaluation(x.contiguous(), lanes, lanes, times, tuple(conditions), hoisted)
         return self._run(call, variant, tuple(x.shape[1:]))
+
+    def look(self, group: Group, pool: Pool, metric: str, params: Sequence[float]) -> Seen:
+        assert group.variant is not None
+        network = self._network(group.variant, pool.shape, len(group.lanes))
+        call = evaluation(group, pool.net, group.lanes)
+        if self.one_by_one is None:
+            return network.look(call, metric, params)
+        return Seen.of_each([network.look(call.sample(n), metric, params) for n in range(len(call.lanes))])
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         ways = dict.fromkeys(network.how for network in self.networks.values())

@@ -18,14 +18,17 @@ from torch import Tensor
 from vivace.engine.compiled import Evaluation, Hoisted
 from vivace.engine.denoiser import Denoiser, Piece, Replayable, predictions
 from vivace.engine.executors import Group
-from vivace.engine.executors.eager import check_compiled
+from vivace.engine.executors.eager import check_compiled, looked
 from vivace.engine.executors.graphs import CudaGraphs, Graph, Graphs, Unrecorded
 from vivace.engine.executors.hoists import Kept
-from vivace.engine.executors.steps import finish_rows, step_kernels
+from vivace.engine.executors.steps import by_branches, evaluation, finish_rows, step_kernels
+from vivace.engine.kept import Seen
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.errors import PromptError, ShapeError, UnsupportedError
+
+KEPT = "rows that keep or give again what blocks computed are not captured"
 
 
 def bucket(count: int) -> int:
@@ -67,11 +70,12 @@ class CudaGraphExecutor:
         self.one_by_one: str | None = None
         self.compiles = 0
         self._artefacts: OrderedDict[Hashable, Artefact] = OrderedDict()
+        self._eager: dict[str, None] = {}  # why rows ran without a graph
         self._hoists = Kept(network, hoist)
 
     def check(self, plan: Plan) -> None:
         """Everything that `EagerExecutor.check` refuses, and variants that the model cannot stage."""
-        check_compiled(plan, self.name, self.denoiser, self.network.precisions, self.network.why_not)
+        check_compiled(plan, self.name, self.denoiser, self.network)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         """Capture what `plan` needs for so many samples without a prompt, so that no request waits for it.
@@ -98,8 +102,8 @@ class CudaGraphExecutor:
         outs: tuple[Tensor, ...] = ()
         if group.variant is not None:
             with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                call = Evaluation(pool.net, group.lanes, group.rows, group.timesteps, group.conditions, group.hoisted)
-                outs = self._network(call, group.variant)
+                call = evaluation(group, pool.net, group.lanes)
+                outs = by_branches(group, call, self._network)
         with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
             finish_rows(group, pool, outs)
 
@@ -111,9 +115,15 @@ class CudaGraphExecutor:
         hoisted = tuple(self._hoists.of_rows(times, variant.branches, condition) for condition in conditions)
         return self._network(Evaluation(x, lanes, lanes, times, tuple(conditions), hoisted), variant)
 
+    def look(self, group: Group, pool: Pool, metric: str, params: Sequence[float]) -> Seen:
+        """The denoiser's, eagerly: what follows it is decided on the host."""
+        with self.graphs.ready(self.denoiser.device), torch.inference_mode():
+            x = pool.net[list(group.lanes)]
+            return looked(self.denoiser, x, group, self.one_by_one is not None, metric, params)
+
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         """The solver step's, then one line for graphs and one for every reason why a piece is none."""
-        reasons = [artefact.reason for artefact in self._artefacts.values()]
+        reasons = [*(artefact.reason for artefact in self._artefacts.values()), *self._eager]
         uses = [KernelUse("network", "cuda_graph", "captured")] if "" in reasons else []
         uses += [KernelUse("network", "torch", f"eager: {reason}") for reason in dict.fromkeys(filter(None, reasons))]
         return *step_kernels(pool), *uses
@@ -142,6 +152,10 @@ class CudaGraphExecutor:
 
     def _evaluation(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
         """Every piece replayed, its rows put in place; copies where another replay comes before they are read."""
+        if call.turns or call.resume is not None:
+            self._eager[KEPT] = None
+            x = call.x[list(call.lanes)]
+            return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant, call.turns, call.resume)
         pieces = self.network.stage(call, variant, bucket)
         results = []
         for piece in pieces:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vivace.engine.denoiser import Denoiser
+from vivace.engine.compiled import Compiler, Evaluation
+from vivace.engine.denoiser import Denoiser, Replayable
 from vivace.engine.executors import Group
-from vivace.engine.executors.steps import finish_rows, step_kernels
+from vivace.engine.executors.steps import by_branches, evaluation, finish_rows, step_kernels
+from vivace.engine.kept import Seen
 from vivace.engine.plan import Action, Binding, Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.precision import QUANTIZED, named, precisions_of
@@ -29,8 +32,8 @@ class EagerExecutor:
         self.one_by_one: str | None = None
 
     def check(self, plan: Plan) -> None:
-        """Everything except reuse of blocks, dropped tokens, guards, and precisions that the model has not."""
-        check_whole(plan, "the eager executor", len(self.denoiser.models) > 1, self.denoiser.precisions)
+        """Everything except dropped tokens, and sites, metrics and precisions that the model has not."""
+        check_whole(plan, "the eager executor", self.denoiser)
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
         """Nothing is compiled."""
@@ -42,19 +45,22 @@ class EagerExecutor:
         outs: tuple[Tensor, ...] = ()
         if group.variant is not None:
             with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                lanes = group.lanes
-                first = lanes[0]
-                adjacent = lanes == tuple(range(first, first + len(lanes)))
-                plane = pool.net
-                x = plane[first : first + len(lanes)] if adjacent else plane[torch.tensor(lanes, device=pool.device)]
-                outs = self._network(x, group.timesteps, group.conditions, group.variant)
+                outs = by_branches(group, self._group(group, pool), self._evaluate)
         with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
             finish_rows(group, pool, outs)
 
     def evaluate(
         self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
     ) -> tuple[Tensor, ...]:
-        return self._network(x, timesteps, conditions, variant)
+        lanes = tuple(range(len(x)))
+        return self._evaluate(
+            Evaluation(x, lanes, lanes, tuple(timesteps), tuple(conditions), (None,) * len(x)), variant
+        )
+
+    def look(self, group: Group, pool: Pool, metric: str, params: Sequence[float]) -> Seen:
+        call = self._group(group, pool)
+        with torch.inference_mode():
+            return looked(self.denoiser, call.x, group, self.one_by_one is not None, metric, params)
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         return *step_kernels(pool), KernelUse("network", "torch", "; ".join(filter(None, ("eager", self.reason))))
@@ -62,41 +68,68 @@ class EagerExecutor:
     def report(self) -> dict[str, Any]:
         return {}
 
+    @staticmethod
+    def _group(group: Group, pool: Pool) -> Evaluation:
+        """The evaluation of a group, x holding its samples alone."""
+        lanes, plane = group.lanes, pool.net
+        adjacent = lanes == tuple(range(lanes[0], lanes[0] + len(lanes)))
+        x = plane[lanes[0] : lanes[0] + len(lanes)] if adjacent else plane[torch.tensor(lanes, device=pool.device)]
+        return evaluation(group, x, tuple(range(len(lanes))))
+
     @torch.inference_mode()
-    def _network(
-        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant
-    ) -> tuple[Tensor, ...]:
+    def _evaluate(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
+        """Predictions; `call.x` has the samples in order."""
         if self.one_by_one is None:
-            outs = self.denoiser.evaluate(x, timesteps, conditions, variant)
+            outs = self._network(call, variant)
         else:
-            single = [
-                self.denoiser.evaluate(x[n : n + 1], timesteps[n : n + 1], conditions[n : n + 1], variant)
-                for n in range(len(x))
-            ]
+            single = [self._network(replace(call.sample(n), lanes=(n,)), variant) for n in range(len(call.lanes))]
             outs = tuple(torch.cat(branch) for branch in zip(*single, strict=True))
         for branch, out in zip(variant.branches, outs, strict=True):
-            if out.shape != x.shape:
+            if out.shape != call.x.shape:
                 raise ShapeError(
-                    f"denoiser: prediction of branch {branch!r} has shape {tuple(out.shape)}, needs {tuple(x.shape)}"
+                    f"denoiser: prediction of branch {branch!r} has shape {tuple(out.shape)}, needs "
+                    f"{tuple(call.x.shape)}"
                 )
         return outs
 
+    def _network(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
+        x = call.x if len(call.x) == len(call.lanes) else call.x[list(call.lanes)]
+        if not call.turns and call.resume is None:
+            return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant)
+        return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant, call.turns, call.resume)
 
-def check_whole(plan: Plan, who: str, models: bool, precisions: frozenset[str] = frozenset()) -> None:
-    """Raise UnsupportedError naming the first row that needs more than plain forwards in the model's dtype.
 
-    models: there are several; precisions: in which forwards run as well.
+def looked(denoiser: Denoiser, x: Tensor, group: Group, apart: bool, metric: str, params: Sequence[float]) -> Seen:
+    """The denoiser's look at samples x [n, ...] of a group. apart: one by one."""
+    variant = group.variant
+    assert variant is not None
+
+    def look(part: slice) -> Seen:
+        return denoiser.look(x[part], group.timesteps[part], group.conditions[part], variant, metric, params)
+
+    return Seen.of_each([look(slice(n, n + 1)) for n in range(len(x))]) if apart else look(slice(None))
+
+
+def check_whole(plan: Plan, who: str, denoiser: Denoiser, compiler: Compiler | Replayable | None = None) -> None:
+    """Raise UnsupportedError naming the first row that the model cannot run in this executor.
+
+    compiler: whose precisions count, None: the model's.
     """
     full = 1.0 if plan.binding is None else float(plan.binding.tokens)
+    precisions = denoiser.precisions if compiler is None else compiler.precisions
     for i, step in enumerate(plan.steps):
-        why = "a run-time guard" if step.guard is not None else ""
-        why = why or ("further network inputs" if step.net_inputs else "")
-        if step.variant is not None:
-            why = why or _beyond(step.variant, full, models)
-        if why:
-            raise UnsupportedError(f"step {i}: {who} does not run {why}; drop it from the plan")
-        if step.variant is not None:
-            _check_precision(f"step {i}: {who} does not run it", step.variant, plan.binding, precisions)
+        why = "further network inputs" if step.net_inputs else ""
+        guard = step.guard
+        if guard is not None and guard.metric not in denoiser.metrics:
+            there = ", ".join(sorted(denoiser.metrics)) or "none"
+            why = why or f"a guard on {guard.metric!r} (this model's metrics: {there})"
+        for variant in (step.variant, None if guard is None else guard.otherwise):
+            if variant is None:
+                continue
+            why = why or _beyond(variant, full, denoiser)
+            if why:
+                raise UnsupportedError(f"step {i}: {who} does not run {why}; drop it from the plan")
+            _check_precision(f"step {i}: {who} does not run it", variant, plan.binding, precisions)
 
 
 def _check_precision(what: str, variant: Variant, binding: Binding | None, precisions: frozenset[str]) -> None:
@@ -112,26 +145,29 @@ def _check_precision(what: str, variant: Variant, binding: Binding | None, preci
         raise UnsupportedError(f"{what}: {error}") from None
 
 
-def check_compiled(
-    plan: Plan, name: str, denoiser: Denoiser, precisions: frozenset[str], why_not: Callable[[Variant], str | None]
-) -> None:
+def check_compiled(plan: Plan, name: str, denoiser: Denoiser, compiler: Compiler | Replayable) -> None:
     """`check_whole`, and UnsupportedError naming the first row whose variant the model cannot compile."""
-    check_whole(plan, f"the {name} executor", len(denoiser.models) > 1, precisions)
+    check_whole(plan, f"the {name} executor", denoiser, compiler)
     for i, step in enumerate(plan.steps):
-        why = None if step.variant is None else why_not(step.variant)
+        why = None if step.variant is None else compiler.why_not(step.variant)
         if why is not None:
             raise UnsupportedError(f"step {i}: the {name} executor cannot run it: {why}; use backend='eager'")
 
 
-def _beyond(variant: Variant, full: float, models: bool) -> str:
-    """What of a variant needs more than plain forwards; empty when nothing does."""
+def _beyond(variant: Variant, full: float, denoiser: Denoiser) -> str:
+    """What of a variant the model cannot run; empty when there is nothing."""
     if variant.keep != full:
         return "a row that recomputes only some tokens"
-    if variant.model != "main" and not models:
+    if variant.model not in denoiser.models:
         return f"a second model ({variant.model!r})"
     for rule in variant.rules:
-        if rule.action not in (None, Action.COMPUTE):
-            return f"{Action(rule.action).name} of blocks {rule.blocks}"
         if rule.site == "merge":
             return f"a rule on merged tokens of blocks {rule.blocks}"
+        if rule.action in (None, Action.COMPUTE):  # what nobody reads is not kept
+            continue
+        what = f"{Action(rule.action).name} of site {rule.site!r}, blocks {rule.blocks}"
+        if rule.action == Action.IDENTITY or rule.site not in denoiser.sites:
+            return f"{what} (this model's sites: {', '.join(sorted(denoiser.sites)) or 'none'})"
+        if (why := denoiser.why_not_kept(rule.site, rule.blocks)) is not None:
+            return f"{what}: {why}"
     return ""

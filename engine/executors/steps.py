@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vivace.engine.compiled import Evaluation
 from vivace.engine.executors import Group
+from vivace.engine.kept import split
+from vivace.engine.plan import Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse
 from vivace.kernels.sample_adjust import SPEC as ADJUST
@@ -16,6 +20,33 @@ from vivace.kernels.sample_adjust import sample_adjust
 from vivace.kernels.solver_step import SPEC as STEP
 from vivace.kernels.solver_step import bind_step, solver_step
 from vivace.kernels.spec import choose
+
+
+def evaluation(group: Group, x: Tensor, lanes: tuple[int, ...]) -> Evaluation:
+    """What a network is handed for a group."""
+    return Evaluation(x, lanes, group.rows, group.timesteps, group.conditions, group.hoisted, group.turns, group.resume)
+
+
+def by_branches(
+    group: Group, call: Evaluation, run: Callable[[Evaluation, Variant], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Predictions for every out slot of the row: one run for branches that do the same with the caches.
+
+    A branch that the variant does not run is that of "cond". run: its results may be overwritten by its next call.
+    """
+    variant = group.variant
+    assert variant is not None
+    parts, found = split(variant.branches, call.turns), dict[str, Tensor]()
+    if len(parts) == 1:
+        outs = run(call, variant)
+        if group.outs == variant.branches:
+            return outs
+        found = dict(zip(variant.branches, outs, strict=True))
+    else:
+        for branches, turns in parts:
+            outs = run(replace(call, turns=turns), replace(variant, branches=branches))
+            found |= zip(branches, [out.clone() for out in outs], strict=True)
+    return tuple(found.get(branch, found["cond"]) for branch in group.outs or variant.branches)
 
 
 def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:

@@ -17,7 +17,7 @@ from vivace.engine.diffusers_classes import EXPLICIT
 from vivace.engine.diffusers_config import FIELDS, PREDICTION_TYPES, read_fields
 from vivace.engine.diffusers_grids import BY_TIMESTEP, table_of_config
 from vivace.engine.from_diffusers import plan_from_diffusers, remake
-from vivace.engine.interchange.replay import replay
+from vivace.engine.interchange.replay import CACHES, replay
 from vivace.engine.noise_schedule import BETA_SCHEDULES, NoiseSchedule, alphas_cumprod_of
 from vivace.engine.plan import Affine, Args, Op, Plan, Recipe, coefs, reads, writes
 from vivace.engine.timesteps import SPACINGS, make_grid
@@ -63,13 +63,18 @@ def to_scheduler_config(plan: Plan, *, tolerance: float = 0.0) -> Found:
         raise UnsupportedError(f"to_scheduler_config: the recipe of the plan lacks {error.args[0]!r}") from None
 
 
+def _passes(recipe: Recipe) -> list[tuple[str, Args]]:
+    """Passes that may touch the solver's column. Caches are another one, and name rows of the full run in a tail."""
+    return [(name, args) for name, args in recipe.passes if name not in CACHES]
+
+
 # ---------------------------------------------------------------- plans of from_diffusers
 def _imported(plan: Plan, recipe: Recipe) -> Found:
     """The config that the plan was made from, once its rows are found unchanged."""
     arguments = recipe.arguments.to_dict()
     config = arguments["scheduler"]
     name = config["_class_name"]
-    gap, where = difference(plan, replay(remake(recipe.arguments, recipe.tail), recipe.passes))
+    gap, where = difference(plan, replay(remake(recipe.arguments, recipe.tail), _passes(recipe)))
     if gap:
         raise UnsupportedError(f"to_scheduler_config: {where}: the rows were changed after they were made by {name}")
     fields = read_fields(name, {key: value for key, value in config.items() if key != "_class_name"})
@@ -112,7 +117,7 @@ def _expressed(plan: Plan, recipe: Recipe, tolerance: float) -> Found:
             steps, strength = call["num_inference_steps"], 1.0 if recipe.tail is None else recipe.tail
             explicit = {name: value for name, value in call.items() if name != "num_inference_steps"}
             made = plan_from_diffusers(config, steps, **explicit, strength=strength)
-            gap, where = difference(plan, replay(made, recipe.passes))
+            gap, where = difference(plan, replay(made, _passes(recipe)))
         except VivaceError as error:
             gap, where = math.inf, str(error)
         if gap <= tolerance:

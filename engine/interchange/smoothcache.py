@@ -25,7 +25,7 @@ from vivace.engine.interchange.cells import (
     timelines,
 )
 from vivace.engine.passes.rules import span, with_rules
-from vivace.engine.plan import Action, Plan, Rule
+from vivace.engine.plan import Action, Args, Plan, Rule
 from vivace.errors import ArgumentError, UnsupportedError
 
 SITES = ("attn", "cross_attn", "mlp")
@@ -65,6 +65,13 @@ def apply_smoothcache(plan: Plan, schedule: Any, *, components: Mapping[str, str
     return with_rules(plan, rules, "apply_smoothcache", {"schedule": data, "components": used})
 
 
+def cut_schedule(full: Plan, args: Args, first: int) -> Args:
+    """The pass's arguments for a run without its first evaluations: the new first one runs everything."""
+    values = args.to_dict()
+    values["schedule"] = {name: [1, *line[first + 1 :]] for name, line in values["schedule"].items()}
+    return Args.of(values)
+
+
 def to_smoothcache(plan: Plan, *, names: Mapping[str, str] | None = None) -> dict[str, list[int]]:
     """The schedule of the plan's caching; everything else of the plan (solver, guidance, precision) it cannot hold.
 
@@ -78,7 +85,8 @@ def to_smoothcache(plan: Plan, *, names: Mapping[str, str] | None = None) -> dic
     called = {site: site for site in SITES}
     if args is not None:
         called |= {site: name for name, site in reversed(args["components"].items())}
-        lists = _read(args["schedule"], "schedule", args["components"], plan.nfe)
+        count = len(next(iter(args["schedule"].values())))  # of the full run, where the plan is its tail
+        lists = _read(args["schedule"], "schedule", args["components"], count)
         blocks, _ = block_count(plan)
         if names is None and all(lines[site] == _expanded(lists.get(site, {}), blocks) for site in SITES):
             return dict(args["schedule"])

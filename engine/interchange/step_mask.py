@@ -24,7 +24,7 @@ from vivace.engine.interchange.cells import (
     timelines,
 )
 from vivace.engine.passes.rules import span, with_rules
-from vivace.engine.plan import Action, Plan, Rule
+from vivace.engine.plan import Action, Args, Plan, Rule
 from vivace.errors import ArgumentError, UnsupportedError
 
 SITE = "residual"
@@ -65,6 +65,12 @@ def apply_step_mask(plan: Plan, mask: Any, *, first: int | None = None, last: in
     middle = span(plan, first, last)
     rules = [(Rule(middle, SITE, action=Action.COMPUTE if value else Action.REUSE),) for value in values]
     return with_rules(plan, rules, "apply_step_mask", {"mask": values, "first": first, "last": last})
+
+
+def cut_mask(full: Plan, args: Args, first: int) -> Args:
+    """The pass's arguments for a run without its first evaluations: the new first one runs everything."""
+    values = args.to_dict()
+    return Args.of(values | {"mask": [1, *values["mask"][first + 1 :]]})
 
 
 def to_step_mask(plan: Plan) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vivace.engine.passes.rules import evaluations, with_rules
+from vivace.engine.passes.rules import absolute, evaluations, with_rules
 from vivace.engine.plan import PRECISIONS, Plan, Rule
 from vivace.errors import ArgumentError, PlanError
 
@@ -48,21 +48,10 @@ def apply_precision(
     for i, step in enumerate(plan.steps):
         if step.guard is not None:
             raise PlanError(f"apply_precision: step {i} has a guard; precisions come before guards")
-    where = _range(plan, (blocks[0], blocks[1]))
+    where = absolute(plan, (blocks[0], blocks[1]), "apply_precision")
     rules = []
     for i, _ in enumerate(evaluations(plan)):
         said = high if i < first or i >= plan.nfe - last else precision
         rules.append(() if said is None else (Rule(where, site, precision=said),))
     arguments = {"precision": precision, "first": first, "last": last, "high": high}
     return with_rules(plan, rules, "apply_precision", arguments | {"blocks": tuple(blocks), "site": site})
-
-
-def _range(plan: Plan, blocks: tuple[int, int]) -> tuple[int, int]:
-    """The range as the plan's rules write it: of a bound plan in absolute numbers. Raises ArgumentError."""
-    if plan.binding is None:
-        return blocks
-    count = plan.binding.blocks
-    first, last = blocks[0] + count * (blocks[0] < 0), blocks[1] + count * (blocks[1] <= 0)
-    if not 0 <= first < last <= count:
-        raise ArgumentError(f"apply_precision: blocks {blocks} are none of the model's {count}; (0, 0) is all")
-    return first, last

@@ -26,9 +26,29 @@ def span(plan: Plan, first: int, last: int) -> tuple[int, int]:
     return first, plan.binding.blocks - last
 
 
-def with_rules(plan: Plan, rules: Sequence[tuple[Rule, ...]], name: str, arguments: dict[str, Any]) -> Plan:
-    """The plan with `rules[k]` added to evaluation k, recorded in the recipe as pass `name`, verified."""
-    added = iter(rules)
+def absolute(plan: Plan, blocks: tuple[int, int], name: str) -> tuple[int, int]:
+    """The range as the plan's rules write it: of a bound plan in absolute numbers. Raises ArgumentError."""
+    if plan.binding is None:
+        return blocks
+    count = plan.binding.blocks
+    first, last = blocks[0] + count * (blocks[0] < 0), blocks[1] + count * (blocks[1] <= 0)
+    if not 0 <= first < last <= count:
+        raise ArgumentError(f"{name}: blocks {blocks} are none of the model's {count}; (0, 0) is all")
+    return first, last
+
+
+def with_rules(
+    plan: Plan,
+    rules: Sequence[tuple[Rule, ...]],
+    name: str,
+    arguments: dict[str, Any],
+    forecast: Sequence[tuple[float, ...]] | None = None,
+) -> Plan:
+    """The plan with `rules[k]` added to evaluation k, recorded in the recipe as pass `name`, verified.
+
+    forecast: of every evaluation the weights that its FORECAST rules read; None leaves them.
+    """
+    added, weights = iter(rules), iter(forecast or ())
     steps = []
     for i, step in enumerate(plan.steps):
         if step.variant is not None:
@@ -36,7 +56,7 @@ def with_rules(plan: Plan, rules: Sequence[tuple[Rule, ...]], name: str, argumen
             if plan.binding is not None:  # what is bound stays in normal form, which shows no conflicts
                 check_conflicts(f"{name}: step {i}", variant)
                 variant = replace(variant, rules=normal_form(variant.rules, variant.branches))
-            step = replace(step, variant=variant)
+            step = replace(step, variant=variant, forecast=next(weights, step.forecast))
         steps.append(step)
     recipe = plan.recipe
     if recipe is not None:

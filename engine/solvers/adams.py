@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vivace.engine.plan import Step
 from vivace.engine.solvers.quadrature import VARIABLES, lagrange_rows
-from vivace.engine.solvers.rows import falling_orders, require_flag, require_order
+from vivace.engine.solvers.rows import falling_orders, planned_ages, require_flag, require_order
 from vivace.engine.timesteps import Grid, choose
 from vivace.errors import ArgumentError
 
@@ -18,7 +18,14 @@ HIGHEST = 4
 
 
 def deis(
-    grid: Grid, prediction: str, *, order: int = 3, variant: str = "tab", lower_order_final: bool = True
+    grid: Grid,
+    prediction: str,
+    *,
+    order: int = 3,
+    variant: str = "tab",
+    lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
     """Rows of DEIS: eps extrapolated by a polynomial, the linear part exact.
 
@@ -26,12 +33,14 @@ def deis(
         order: evaluations used, 1..4; the polynomial has degree order - 1 (tAB-(order - 1) in the paper).
         variant: the polynomial's variable: "tab" time t, "rhoab" rho = sigma/alpha, "logrho" lam.
         lower_order_final: order <= rows left, at any number of steps.
+        history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`.
     Source: Zhang and Chen 2022, eq. 14 and 15 (tAB), section 3.4 (rhoAB).
     """
     require_order("deis", order, HIGHEST)
     variable = DEIS_VARIANTS[choose("deis: variant", variant, tuple(DEIS_VARIANTS))]
     orders = falling_orders(grid.steps, order, require_flag("deis", "lower_order_final", lower_order_final))
-    return lagrange_rows(grid, prediction, orders, form="eps", variable=variable)
+    ages = planned_ages("deis", grid.steps, orders, history, cached)
+    return lagrange_rows(grid, prediction, orders, form="eps", variable=variable, ages=ages)
 
 
 def lms(grid: Grid, prediction: str, *, order: int = 4, lower_order_final: bool = True) -> tuple[Step, ...]:

@@ -23,10 +23,12 @@ from vivace.engine.solvers.rows import (
     falling_orders,
     first_order,
     first_update,
+    planned_ages,
     require_flag,
     require_number,
     require_order,
-    usable_order,
+    spread,
+    usable_ages,
 )
 from vivace.engine.timesteps import Grid, choose
 
@@ -35,16 +37,33 @@ THIRD = ("third_order", "published")
 
 
 def dpmpp_2m(
-    grid: Grid, prediction: str, *, order: int = 2, variant: str = "midpoint", lower_order_final: bool = True
+    grid: Grid,
+    prediction: str,
+    *,
+    order: int = 2,
+    variant: str = "midpoint",
+    lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
-    """Rows of DPM-Solver++ 2M. order: 1 or 2; lower_order_final: order <= rows left, at any number of steps."""
+    """Rows of DPM-Solver++ 2M. order: 1 or 2; lower_order_final: order <= rows left, at any number of steps.
+
+    history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`.
+    """
     require_order("dpmpp_2m", order, 2)
     orders = falling_orders(grid.steps, order, require_flag("dpmpp_2m", "lower_order_final", lower_order_final))
-    return dpmpp_rows(grid, prediction, orders, choose("dpmpp_2m: variant", variant, VARIANTS))
+    ages = planned_ages("dpmpp_2m", grid.steps, orders, history, cached)
+    return dpmpp_rows(grid, prediction, orders, choose("dpmpp_2m: variant", variant, VARIANTS), ages=ages)
 
 
 def dpmpp_3m(
-    grid: Grid, prediction: str, *, variant: str = "third_order", lower_order_final: bool = True
+    grid: Grid,
+    prediction: str,
+    *,
+    variant: str = "third_order",
+    lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
     """Rows of DPM-Solver++ 3M.
 
@@ -52,10 +71,13 @@ def dpmpp_3m(
         variant: "third_order", exact for an x0 quadratic in lam; "published", the widely copied rule, which has half
             of the second difference and is of second order (its second row is the midpoint rule).
         lower_order_final: order <= rows left, at any number of steps.
+        history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`.
     """
     choose("dpmpp_3m: variant", variant, THIRD)
     orders = falling_orders(grid.steps, 3, require_flag("dpmpp_3m", "lower_order_final", lower_order_final))
-    return dpmpp_rows(grid, prediction, orders, "heun" if variant == "third_order" else "midpoint", third=variant)
+    ages = planned_ages("dpmpp_3m", grid.steps, orders, history, cached)
+    second = "heun" if variant == "third_order" else "midpoint"
+    return dpmpp_rows(grid, prediction, orders, second, third=variant, ages=ages)
 
 
 def dpmpp_2m_sde(
@@ -91,22 +113,23 @@ def dpmpp_rows(
     third: str = "published",
     eta: float = 0.0,
     s_noise: float = 1.0,
+    ages: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Step, ...]:
     """Rows with the order (1..3) asked of each; lowered where history is missing and to 1 at sigma = 0.
 
     Args:
         variant: of second-order rows; third: of third-order rows. form: "x0" (DPM-Solver++) or "eps" (DPM-Solver).
         eta, s_noise: strength of the SDE and factor on its noise.
+        ages: of every row the rows that it reads, see `rows.planned_ages`, in place of `orders`.
     """
     updates = []
     for row in range(grid.steps):
-        order = usable_order(grid, row, orders[row])
+        read = usable_ages(grid, row, range(orders[row]) if ages is None else ages[row])
         first = _first(form, grid, row, eta)
-        if order == 1:
-            keep, weights = first.keep, first.weights
-        else:
-            keep, weights = first.keep, _extrapolated(grid, row, order, first.weights[0], (form, variant, third, eta))
-        updates.append(Update(keep, weights, x0=first.x0, noise=s_noise * first.noise))
+        weights = first.weights
+        if len(read) > 1:
+            weights = spread(read, _extrapolated(grid, row, read, first.weights[0], (form, variant, third, eta)))
+        updates.append(Update(first.keep, weights, x0=first.x0, noise=s_noise * first.noise))
     return assemble(grid, prediction, updates, transform, form=form)
 
 
@@ -126,16 +149,16 @@ def _first(form: str, grid: Grid, row: int, eta: float) -> Update:
 
 
 def _extrapolated(
-    grid: Grid, row: int, order: int, weight: float, rule: tuple[str, str, str, float]
+    grid: Grid, row: int, ages: Sequence[int], weight: float, rule: tuple[str, str, str, float]
 ) -> tuple[float, ...]:
-    """Weights of order 2 or 3; `weight`: of the first order, -S expm1(H)."""
+    """Weights of the values of two or three `ages`; `weight`: of the first order, -S expm1(H)."""
     form, variant, third, eta = rule
-    lams = [grid.lam(row + 1 - age) for age in range(order + 1)]
+    lams = [grid.lam(row + 1), *(grid.lam(row - age) for age in ages)]
     h = lams[0] - lams[1]
     unit = -grid.alphas[row + 1] if form == "x0" else -(1.0 + eta) * grid.sigmas[row + 1]
     exponent = -(1.0 + eta) * h if form == "x0" else h
     near = (lams[1] - lams[2]) / h
-    if order == 2:
+    if len(ages) == 2:
         slope = (weight / 2.0 if variant == "midpoint" else unit * psi(1, exponent)) / near
         return weight + slope, -slope
     far = (lams[2] - lams[3]) / h

@@ -19,11 +19,13 @@ from vivace.engine.solvers.rows import (
     first_order_eps,
     first_update,
     levels_of,
+    planned_ages,
     require_flag,
     require_order,
     usable_order,
 )
 from vivace.engine.timesteps import Grid
+from vivace.errors import ArgumentError
 
 ADAMS = {
     1: (1.0,),
@@ -34,10 +36,18 @@ ADAMS = {
 WARM_UP = 3
 
 
-def ipndm(grid: Grid, prediction: str, *, order: int = 4) -> tuple[Step, ...]:
-    """Rows of iPNDM: orders 1, 2, .. up to `order` (1..4), no other warm-up; order 1 to sigma = 0."""
+def ipndm(
+    grid: Grid, prediction: str, *, order: int = 4, history: str = "own", cached: Sequence[int] = ()
+) -> tuple[Step, ...]:
+    """Rows of iPNDM: orders 1, 2, .. up to `order` (1..4), no other warm-up; order 1 to sigma = 0.
+
+    history, cached: see `rows.planned_ages`; "computed" is refused, since the weights are those of equal steps.
+    """
     require_order("ipndm", order, 4)
-    return ipndm_rows(grid, prediction, [order] * grid.steps)
+    if history == "computed":
+        raise ArgumentError("ipndm: history 'computed' leaves gaps, and its weights presume equal steps; use deis")
+    ages = planned_ages("ipndm", grid.steps, [order] * grid.steps, history, cached)
+    return ipndm_rows(grid, prediction, [len(read) for read in ages])
 
 
 def ipndm_rows(

@@ -25,7 +25,8 @@ from vivace.engine.solvers.rows import (
     first_order,
     first_order_eps,
     first_update,
-    usable_order,
+    spread,
+    usable_ages,
 )
 from vivace.engine.timesteps import Grid, choose
 
@@ -79,16 +80,19 @@ def lagrange_rows(
     variable: str,
     transform: Transform | None = None,
     to_zero: bool = False,
+    ages: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Step, ...]:
     """Rows with the number of values asked of each; lowered where history is missing and to 1 at sigma = 0.
 
     to_zero: keep the order in a step to sigma = 0, which is finite in eps form and rho only.
+    ages: of every row the rows that it reads, see `rows.planned_ages`, in place of `orders`.
     """
-    return assemble(grid, prediction, lagrange_updates(grid, orders, form, variable, to_zero), transform, form=form)
+    updates = lagrange_updates(grid, [range(n) for n in orders] if ages is None else ages, form, variable, to_zero)
+    return assemble(grid, prediction, updates, transform, form=form)
 
 
 def lagrange_updates(
-    grid: Grid, orders: Sequence[int], form: str, variable: str, to_zero: bool = False
+    grid: Grid, ages: Sequence[Sequence[int]], form: str, variable: str, to_zero: bool = False
 ) -> list[Update]:
     """The coefficients of `lagrange_rows`."""
     choose("form", form, ("x0", "eps"))
@@ -96,12 +100,13 @@ def lagrange_updates(
     time_of, kinks = _time_of(grid) if variable == "t" else (None, None)
     updates = []
     for row in range(grid.steps):
-        order = usable_order(grid, row, orders[row], to_zero=to_zero and (form, variable) == ("eps", "rho"))
-        if order == 1:
+        read = usable_ages(grid, row, ages[row], to_zero=to_zero and (form, variable) == ("eps", "rho"))
+        if len(read) == 1:
             updates.append(first_update(form, grid.level(row), grid.level(row + 1)))
             continue
-        levels = [grid.level(row - age) for age in range(order)]
-        updates.append(Update(*lagrange_weights(form, variable, levels, grid.level(row + 1), time_of, kinks)))
+        levels = [grid.level(row - age) for age in read]
+        keep, weights = lagrange_weights(form, variable, levels, grid.level(row + 1), time_of, kinks)
+        updates.append(Update(keep, spread(read, weights)))
     return updates
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from vivace.engine.plan import PREDICTIONS, Affine, Coef, Op, Step, Transform
 from vivace.engine.prediction import to_eps, to_flow, to_x0
@@ -13,6 +14,7 @@ from vivace.errors import ArgumentError
 
 Level = tuple[float, float]
 FORMS = ("x0", "eps", "flow", "out")
+HISTORIES = ("own", "lower_order", "computed")
 CONVERSIONS = {"x0": to_x0, "eps": to_eps, "flow": to_flow}
 
 
@@ -80,14 +82,58 @@ def usable_order(grid: Grid, row: int, order: int, *, to_zero: bool = False) -> 
 
     to_zero: the rule is finite at sigma = 0, which then lowers nothing.
     """
-    order = min(order, row + 1)
-    ends = grid.level(row), grid.level(row + 1)
-    if (ends[1][1] == 0.0 and not to_zero) or ends[0] == ends[1]:
-        return 1
-    for used in range(2, order + 1):
-        if grid.alphas[row - used + 1] == 0.0 or grid.level(row - used + 1) == grid.level(row - used + 2):
-            return used - 1
-    return order
+    return len(usable_ages(grid, row, range(order), to_zero=to_zero))
+
+
+def usable_ages(grid: Grid, row: int, ages: Sequence[int], *, to_zero: bool = False) -> tuple[int, ...]:
+    """Of the rows that a row would read (ages, 0 first) those it can: distinct levels at finite log-SNR.
+
+    to_zero: as in `usable_order`.
+    """
+    start, end = grid.level(row), grid.level(row + 1)
+    if (end[1] == 0.0 and not to_zero) or start == end:
+        return (0,)
+    kept = [0]
+    for age in ages[1:]:
+        if age > row or grid.alphas[row - age] == 0.0 or grid.level(row - age) == grid.level(row - kept[-1]):
+            break
+        kept.append(age)
+    return tuple(kept)
+
+
+def planned_ages(
+    solver: str, steps: int, orders: Sequence[int], history: str, cached: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Of every row the rows whose values it reads, as ages, its own (0) first.
+
+    Args:
+        orders: values asked of each row.
+        history: "own": the rows before it, whatever they computed. "lower_order": a row that is cached reads its own
+            value only, and rows after it read no row up to the last cached one. "computed": the rows before it that
+            computed everything.
+        cached: rows that did not compute everything.
+    Raises: ArgumentError naming the solver.
+    """
+    choose(f"{solver}: history", history, HISTORIES)
+    numbers = set(cached)
+    if any(type(row) is not int or row < 0 for row in cached):
+        raise ArgumentError(f"{solver}: cached must be row numbers, got {tuple(cached)!r:.60}")
+    out: list[tuple[int, ...]] = []
+    last = -1  # cached row so far
+    for row in range(steps):
+        last = row if row in numbers else last
+        first = last + 1 if history == "lower_order" else 0
+        read = (row - other for other in range(row - 1, first - 1, -1) if history != "computed" or other not in numbers)
+        out.append((0, *islice(read, orders[row] - 1)))
+    return out
+
+
+def spread(ages: Sequence[int], weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights of values of these ages as weights of all ages, with zeros for those not read."""
+    out = [0.0] * (ages[-1] + 1)
+    for age, weight in zip(ages, weights, strict=True):
+        out[age] = weight
+    return tuple(out)
 
 
 def assemble(

@@ -20,9 +20,11 @@ from vivace.engine.solvers.rows import (
     assemble,
     falling_orders,
     first_update,
+    planned_ages,
     require_flag,
     require_order,
-    usable_order,
+    spread,
+    usable_ages,
 )
 from vivace.engine.timesteps import Grid, choose
 from vivace.errors import ArgumentError
@@ -40,6 +42,8 @@ def unipc(
     disable_corrector: Sequence[int] = (),
     form: str = "x0",
     lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
     """Rows of UniPC.
 
@@ -50,6 +54,8 @@ def unipc(
         disable_corrector: rows whose step is not corrected; often (0,) under strong guidance.
         form: what is extrapolated, "x0" or "eps".
         lower_order_final: order <= rows left, at any number of steps.
+        history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`; unless
+            history is "own", steps that begin or end at such a row are not corrected.
     """
     require_order("unipc", order, 3)
     choose("unipc: form", form, ("x0", "eps"))
@@ -58,8 +64,15 @@ def unipc(
     orders = falling_orders(grid.steps, order, require_flag("unipc", "lower_order_final", lower_order_final))
     if any(isinstance(row, bool) or not isinstance(row, int) for row in disable_corrector):
         raise ArgumentError(f"unipc: disable_corrector must be row numbers, got {tuple(disable_corrector)!r}")
-    corrected = [corrector and row not in disable_corrector for row in range(grid.steps)]
-    return unipc_rows(grid, prediction, orders, variant, corrected, form=form)
+    ages = planned_ages("unipc", grid.steps, orders, history, cached)
+    without = {*disable_corrector, *uncorrected(history, cached)}
+    corrected = [corrector and row not in without for row in range(grid.steps)]
+    return unipc_rows(grid, prediction, orders, variant, corrected, form=form, ages=ages)
+
+
+def uncorrected(history: str, cached: Sequence[int]) -> set[int]:
+    """Rows whose step is not corrected since it begins or ends at a row that did not compute everything."""
+    return set() if history == "own" else {row - k for row in cached for k in (0, 1)}
 
 
 def unipc_rows(
@@ -71,17 +84,18 @@ def unipc_rows(
     transform: Transform | None = None,
     *,
     form: str = "x0",
+    ages: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Step, ...]:
     """Rows with the order asked of each and whether its step is corrected by the row after it.
 
     form "eps": H = +h, sigma'/sigma becomes alpha'/alpha and alpha' becomes sigma'; a step from alpha = 0 is then not
-    corrected.
+    corrected. ages: of every row the rows that it reads, see `rows.planned_ages`, in place of `orders`.
     """
     updates: list[Update] = []
     delta: tuple[float, ...] = ()
     for row in range(grid.steps):
-        order = usable_order(grid, row, orders[row])
-        first, weights, correction = _step(grid, row, order, variant, form)
+        read = usable_ages(grid, row, range(orders[row]) if ages is None else ages[row])
+        first, weights, correction = _step(grid, row, read, variant, form)
         merged = tuple(w + first.keep * d for w, d in zip_longest(weights, delta, fillvalue=0.0))
         updates.append(replace(first, weights=merged))
         delta = correction if corrected[row] else ()
@@ -89,9 +103,10 @@ def unipc_rows(
 
 
 def _step(
-    grid: Grid, row: int, order: int, variant: str, form: str
+    grid: Grid, row: int, ages: Sequence[int], variant: str, form: str
 ) -> tuple[Update, tuple[float, ...], tuple[float, ...]]:
     """First-order step, predictor (weights of m_i, m_{i-1}, ...), correction (weights of m_{i+1}, m_i, ...)."""
+    order = len(ages)
     first = first_update(form, grid.level(row), grid.level(row + 1))
     weight, outer = first.weights[0], grid.alphas[row + 1] if form == "x0" else grid.sigmas[row + 1]
     if grid.alphas[row] == 0.0 or row == grid.steps - 1 and order == 1:
@@ -100,7 +115,7 @@ def _step(
     h = grid.lam(row + 1) - grid.lam(row)
     exponent = -h if form == "x0" else h
     scale = exponent if variant == "bh1" else math.expm1(exponent)
-    nodes = [(grid.lam(row - k) - grid.lam(row)) / h for k in range(1, order)]
+    nodes = [(grid.lam(row - age) - grid.lam(row)) / h for age in ages[1:]]
     moments = [math.factorial(k) * psi(k, exponent) / scale for k in range(1, order + 1)]
     ahead = [0.5] if order == 2 else _moment_weights(nodes, moments[:-1])
     both = [0.5] if order == 1 else _moment_weights([*nodes, 1.0], moments)
@@ -108,7 +123,8 @@ def _step(
     slopes = [unit * rho / node for rho, node in zip(ahead, nodes, strict=True)]
     changes = [unit * (rho - old) / node for rho, old, node in zip(both, ahead, nodes, strict=False)]
     newest = unit * both[-1]
-    return first, (weight - sum(slopes), *slopes), (newest, -newest - sum(changes), *changes)
+    ahead_of = spread(ages, (weight - sum(slopes), *slopes))
+    return first, ahead_of, (newest, *spread(ages, (-newest - sum(changes), *changes)))
 
 
 def _moment_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:

@@ -97,7 +97,9 @@ def rows(draw, i, branches, level, last):
             Transform("clamp", now, (), (("low", -1.0), ("high", draw(st.sampled_from([1.0, InputRef("top")])))))
         )
     ops.append(Affine("x", tuple(terms)))
-    guard = Guard("cosine", "above", draw(small), Variant(), (draw(small),)) if i and draw(st.booleans()) else None
+    keeps = variant.rules[0].action == Action.COMPUTE  # under a guard it might not, and order 1 reads two values
+    watched = not keeps and draw(st.booleans())
+    guard = Guard("cosine", "above", draw(small), Variant(), (draw(small),)) if watched else None
     alpha, sigma = math.cos(level), math.sin(level)
     outs, net = branches, ((draw(names), draw(small)),) if draw(st.booleans()) else ()
     return Step(

@@ -200,7 +200,7 @@ def test_what_cannot_run_is_refused_before_anything_runs():
     plan = v_plan(3)
     guarded = replace(plan.steps[1], guard=Guard("change", "below", 0.1, Variant(branches=("cond",))))
     bound = replace(plan, steps=(plan.steps[0], guarded, plan.steps[2]))
-    with pytest.raises(UnsupportedError, match="step 1: the cuda_graph executor does not run a run-time guard"):
+    with pytest.raises(UnsupportedError, match="step 1: the cuda_graph executor does not run a guard on 'change'"):
         session.executor.check(bound)
     toy.why_not = lambda variant: "it is Tuesday"
     with pytest.raises(UnsupportedError, match="step 0: .* cannot run it: it is Tuesday; use backend='eager'"):
@@ -223,14 +223,15 @@ def test_predictions_are_put_in_place(places, views):
 
 # --- what runs between a row's begin and its end ----------------------------------------------------------------------
 def loop_functions():
-    from vivace.models.compiled import linears, replay, sequence
+    from vivace.models.compiled import linears, replay, sequence, sequence_walk
     from vivace.models.pipelines import network
 
     yield from (cuda_graph.CudaGraphExecutor, cuda_graph._write, compiled_calls.Evaluation)
     yield from (graphs.CudaGraph, protocol.predictions, protocol.samples_of, steps.finish_rows)
     yield from (replay.DitReplay.stage, replay.DitReplay._modulation, replay.DitReplay._forward)
     yield from (sequence.DitSequence.run, sequence.DitSequence._embed, sequence.DitSequence._block)
-    yield from (sequence.DitSequence._attention, sequence.DitSequence._update)
+    yield from (sequence.DitSequence._attention, sequence.DitSequence.inside, sequence.DitSequence.normed)
+    yield from (sequence.DitSequence.update, sequence.DitSequence._product, sequence_walk.Walk)
     yield from (linears._PlainLayer.__call__, linears._OurLayer.__call__)
     yield from (network.NetworkDenoiser.stage, network.NetworkDenoiser._forward, network._prediction)
 

@@ -16,6 +16,8 @@ class Toy:
     models = ("main",)
     precisions = frozenset()
     digest = ""
+    sites = frozenset()
+    metrics = frozenset()
 
     def __init__(self, prediction="v", coupled=False):
         self.spec = ModelSpec("toy", "0" * 64, prediction, SHAPE, 4, (4, 4))

@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = set(sys.stdlib_module_names)
-PLAN = ("engine.plan", "engine.verify", "engine.bind", "engine.prediction", "engine.render")
+PLAN = (
+    *("engine.plan", "engine.verify", "engine.verify_caches", "engine.caching", "engine.bind"),
+    *("engine.prediction", "engine.render"),
+)
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
 FROM_DIFFUSERS = tuple(
     f"engine.diffusers_{part}" for part in ("config", "grids", "rows", "discrete", "sigmas", "multistep", "classes")
@@ -24,7 +27,9 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("engine.noise", (), {"numpy"}),
     ("engine.timesteps", (*PLAN, "engine.noise_schedule"), {"numpy"}),
     ("engine.solvers", (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers"), {"numpy"}),
-    ("engine.passes", (*PLAN, "engine.passes"), {"numpy"}),
+    ("engine.forecast", (), set()),
+    ("engine.planners", (*PLAN, "engine.forecast", "engine.planners"), {"numpy"}),
+    ("engine.passes", (*PLAN, "engine.passes", "engine.planners"), {"numpy"}),
     *((name, (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}) for name in FROM_DIFFUSERS),
     ("engine.from_diffusers", (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}),
     (

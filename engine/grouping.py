@@ -1,0 +1,192 @@
+"""Which pictures of which requests run a row together: those that share structure, whatever their numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vivace.engine.caching import RowUse
+from vivace.engine.executors import Group, KernelRows
+from vivace.engine.guards import watched
+from vivace.engine.kept import Sample, Seen, Turn
+from vivace.engine.plan import Guard, Variant
+from vivace.engine.request import State
+
+Look = Callable[[Sequence["Part"], str, Sequence[float]], Seen]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Pictures of one request whose next row has one structure. row -1: the start.
+
+    seen: a look at the first blocks from which they go on, places: where they are in it.
+    """
+
+    state: State
+    pictures: tuple[int, ...]
+    row: int
+    variant: Variant | None
+    uses: tuple[RowUse, ...] = ()
+    seen: Seen | None = None
+    places: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> Hashable:
+        """Parts of equal keys run together."""
+        structure = tuple([item.use for item in self.uses])
+        return id(self.state.pool), self.variant, structure, self.outs, id(self.seen)
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        """Branches of the row's out slots, of which a guard's variant may run some."""
+        return self.state.plan.steps[self.row].branches if self.row >= 0 else ()
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its kernel rows in the lowered plan."""
+        lowered = self.state.entry.lowered
+        return lowered.spans[self.row] if self.row >= 0 else lowered.start
+
+
+def whole(state: State) -> Part:
+    """All pictures of a state at their next row, as the plan says it."""
+    step = state.plan.steps[state.row]
+    return Part(state, tuple(range(len(state.lanes))), state.row, step.variant, state.caches.rows[state.row].uses)
+
+
+def chosen(states: Sequence[State], look: Look) -> list[Part]:
+    """The next rows of `states` with guards decided, parts of a state apart where its pictures differ."""
+    parts: list[Part] = []
+    looks: dict[Hashable, list[Part]] = {}
+    for state in states:
+        part = whole(state)
+        guard = watched(state.plan, state.row) if state.watch is not None else None
+        if guard is None or state.watch is None:
+            parts.append(part)
+        elif state.watch.stuck(guard) and state.plan.steps[state.row].guard is guard:
+            parts += _split(part, state.watch.stay(state.row))
+        elif state.watch.stuck(guard):
+            parts.append(part)
+        else:
+            key = id(state.pool), part.variant, guard.metric, guard.params[:1]
+            looks.setdefault(key, []).append(part)
+    for members in looks.values():
+        guard = watched(members[0].state.plan, members[0].row)
+        assert guard is not None
+        seen, first = look(members, guard.metric, guard.params), 0
+        for part in members:
+            places = tuple(range(first, first := first + len(part.pictures)))
+            parts += _decided(replace(part, seen=seen, places=places), guard)
+    return parts
+
+
+def _decided(part: Part, watching: Guard) -> list[Part]:
+    """A part after its look: whole where it has no guard of its own, else by what the guard says of each picture."""
+    state = part.state
+    assert state.watch is not None and part.seen is not None
+    signal = part.seen.signal[:, list(part.places)]
+    guard = state.plan.steps[part.row].guard
+    if guard is not None:
+        return _split(part, state.watch.decide(guard, signal, part.row))
+    state.watch.computed(watching, signal)
+    return [part]
+
+
+def _split(part: Part, fired: Sequence[bool]) -> list[Part]:
+    """The pictures whose guard did not fire, and those whose did."""
+    step, row = part.state.plan.steps[part.row], part.state.caches.rows[part.row]
+    assert step.guard is not None
+    parts = []
+    for wanted, variant, uses in ((False, step.variant, row.uses), (True, step.guard.otherwise, row.otherwise)):
+        mine = [k for k, j in enumerate(part.pictures) if fired[j] == wanted]
+        if mine:
+            pictures = tuple(part.pictures[k] for k in mine)
+            places = tuple(part.places[k] for k in mine) if part.seen is not None else ()
+            parts.append(replace(part, pictures=pictures, variant=variant, uses=uses, places=places))
+    return parts
+
+
+def grouped(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts that run together."""
+    if len(parts) == 1:
+        return [list(parts)]
+    groups: dict[Hashable, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.key, []).append(part)
+    return list(groups.values())
+
+
+def group_of(parts: Sequence[Part]) -> Group:
+    """What an executor runs for parts of one key."""
+    first = parts[0]
+    sizes = [len(part.pictures) for part in parts]
+    rows = [max(part.row, 0) for part in parts]
+    return Group(
+        first.variant,
+        _chain([_of(part, part.state.lanes) for part in parts]),
+        _spread([part.state.plan.steps[row].timestep for part, row in zip(parts, rows, strict=True)], sizes),
+        _spread([part.state.condition for part in parts], sizes),
+        _spread(rows, sizes),
+        _spread([part.state.hoisted for part in parts], sizes),
+        _kernel_rows(parts, sizes),
+        _chain([_of(part, part.state.seeds) for part in parts]),
+        _chain([_of(part, part.state.pictures) for part in parts]),
+        first.row,
+        [],
+        first.outs,
+        _turns(parts) if first.uses else (),
+        None if first.seen is None else first.seen.pick([place for part in parts for place in part.places]),
+    )
+
+
+def _of(part: Part, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of a part's pictures, out of those of all pictures of its state."""
+    return numbers if len(part.pictures) == len(numbers) else tuple([numbers[j] for j in part.pictures])
+
+
+def _chain(numbers: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return numbers[0] if len(numbers) == 1 else tuple(itertools.chain.from_iterable(numbers))
+
+
+def _spread(values: Sequence[Any], sizes: Sequence[int]) -> tuple[Any, ...]:
+    """Each value as often as its part has pictures."""
+    return tuple([value for value, size in zip(values, sizes, strict=True) for _ in range(size)])
+
+
+def _kernel_rows(parts: Sequence[Part], sizes: Sequence[int]) -> tuple[KernelRows, ...]:
+    """What the plan rows launch after the network: their k-th kernel rows together, reductions apart."""
+    rows = []
+    entries = _spread([(part.state.entry, *part.span) for part in parts], sizes)
+    for k in range(max((last - first for _, first, last in entries), default=0)):
+        having = [(p, *where) for p, where in enumerate(entries) if where[1] + k < where[2]]
+        for reduces in (False, True):
+            mine = [
+                (p, entry.base + first + k)
+                for p, entry, first, _ in having
+                if entry.lowered.reduces(first + k) == reduces
+            ]
+            if mine:
+                rows.append(KernelRows(tuple([p for p, _ in mine]), tuple([row for _, row in mine]), reduces))
+    return tuple(rows)
+
+
+def _turns(parts: Sequence[Part]) -> tuple[Turn, ...]:
+    """The uses of a group, each with the memory and the weights of every sample."""
+    first = parts[0]
+    if first.variant is None:
+        return ()
+    return tuple(
+        Turn(
+            item.use,
+            first.variant.model,
+            tuple(
+                Sample(part.state.kept, j, part.uses[k].weights)
+                for part in parts
+                if part.state.kept is not None
+                for j in part.pictures
+            ),
+        )
+        for k, item in enumerate(first.uses)
+    )
