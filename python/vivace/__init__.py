@@ -52,7 +52,13 @@ _FROM = {
     "models.pipelines.families": ("register_family",),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
-_MODULES = {"passes": "engine.passes", "metrics": "metrics", "engine": "engine", "kernels": "kernels"}
+_MODULES = {
+    "passes": "engine.passes",
+    "planners": "engine.planners",
+    "metrics": "metrics",
+    "engine": "engine",
+    "kernels": "kernels",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 

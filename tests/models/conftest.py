@@ -29,8 +29,9 @@ def tiny_fields():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A small random network saved by diffusers, with weights large enough that every part matters."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+    import torch
+
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(**{name: value for name, value in TINY.items() if name[0] != "_"})
     for parameter in model.parameters():
@@ -43,7 +44,8 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def threads():
     """Sets the number of threads for one test."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -82,22 +82,32 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Bundled model name, a folder, or a name in the hub cache.")],
     out: Annotated[Path, typer.Option(help="Calibration table to write (.safetensors).")],
     quantization: Annotated[bool, typer.Option("--quantization", help="What linear layers read, for 8 bits.")] = False,
+    cache: Annotated[bool, typer.Option("--cache", help="What caches do to pictures, for their planners.")] = False,
     plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
     solver: Solver = None,
     steps: Steps = None,
     guidance: Guidance = None,
     recipe: Annotated[str, typer.Option(help="per_token, static or ptq4dm.")] = "per_token",
-    samples: Annotated[int | None, typer.Option(help="States to measure on; default: the recipe's.", min=1)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="States, or runs for caches; default: the recipe's, 8.", min=1)
+    ] = None,
     groups: Annotated[int | None, typer.Option(help="Timestep groups; default: the recipe's.", min=1)] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: classes of the model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the states and of what is drawn.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure a model along the plan that it will run; the table is what `vivace quantize` reads."""
-    from vivace.cli.calibrate import calibrate_model
+    """Measure a model along the plan that it will run; `vivace quantize` and planners of caches read the table."""
+    from vivace.cli.calibrate import calibrate_caches, calibrate_model
 
-    if not quantization:
-        raise ArgumentError("calibrate: say what for: --quantization")
+    if quantization == cache:
+        raise ArgumentError("calibrate: say what for: --quantization or --cache")
+    if cache:
+        if recipe != "per_token" or groups is not None:
+            raise ArgumentError("calibrate: --recipe and --groups are of --quantization; drop them")
+        run = {"plan": plan, "solver": solver, "steps": steps, "guidance": guidance}
+        data, text = calibrate_caches(model, out=out, **run, pictures=samples, prompts=prompts, seed=seed)
+        _print(data, text, as_json)
+        return
     data, text = calibrate_model(
         model,
         out=out,
@@ -154,10 +164,14 @@ def plan_new(
     option: Annotated[list[str] | None, typer.Option(help="Solver option, name=value; repeatable.")] = None,
     guidance: Guidance = None,
     interval: Annotated[str, typer.Option(help="Share of rows that are guided, a:b with 0 = noise end.")] = "0:1",
+    cache: Annotated[
+        list[str] | None, typer.Option(help="NAME[:key=value,...] of vivace.planners, as fora:interval=2; repeatable.")
+    ] = None,
     bind: Annotated[bool, typer.Option("--bind", help="Bind the plan to the model.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a plan and print it; with --out also write it."""
+    from vivace.cli.caches import with_caches
     from vivace.engine.passes import apply_guidance
     from vivace.engine.plan import Plan
     from vivace.models.load import open_model
@@ -178,9 +192,10 @@ def plan_new(
             made = apply_guidance(made, guidance, interval=_interval(interval))
     if bind:
         made = made.bind(open_model(model).spec)
+    made = with_caches(made, cache)
     if out is not None:
         made.save(out)
-    _print({"plan": _summary(made), "path": None if out is None else str(out)}, str(made), as_json)
+    _print({"plan": _summary(made), "path": None if out is None else str(out)}, _printed(made), as_json)
 
 
 @plan_app.command("show")
@@ -189,7 +204,7 @@ def plan_show(path: Annotated[Path, typer.Argument(help="Plan file.")], as_json:
     from vivace.engine.plan import Plan
 
     plan = Plan.load(path)
-    _print({"plan": _summary(plan)}, str(plan), as_json)
+    _print({"plan": _summary(plan)}, _printed(plan), as_json)
 
 
 @plan_app.command("diff")
@@ -264,7 +279,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="denoiser, e2e, gate, kernels or solvers.")],
+    suite: Annotated[str, typer.Argument(help="caching, denoiser, e2e, gate, kernels or solvers.")],
     op: Annotated[str | None, typer.Option(help="Only this op; with gate, the model.")] = None,
     claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,
@@ -278,7 +293,15 @@ def bench(
     _print(data, render(data), as_json)
 
 
+def _printed(plan: Any) -> str:
+    from vivace.cli.caches import cached_line
+
+    return "\n".join(part for part in (str(plan), cached_line(plan)) if part)
+
+
 def _summary(plan: Any) -> dict[str, Any]:
+    from vivace.cli.caches import cached_summary
+
     return {
         "hash": plan.hash,
         "prediction": plan.prediction,
@@ -290,6 +313,7 @@ def _summary(plan: Any) -> dict[str, Any]:
         "inputs": [ref.name for ref in plan.inputs],
         "timesteps": [step.timestep for step in plan.steps],
         "text": str(plan).splitlines(),
+        **cached_summary(plan),
     }
 
 

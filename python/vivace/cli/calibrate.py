@@ -62,6 +62,43 @@ def calibrate_model(
     return data, "\n".join(lines)
 
 
+def calibrate_caches(
+    model: str,
+    *,
+    out: Path,
+    plan: Path | None,
+    solver: str | None,
+    steps: int | None,
+    guidance: float | None,
+    pictures: int | None,
+    prompts: Path | None,
+    seed: int,
+) -> tuple[dict[str, Any], str]:
+    """Measure what caches do to pictures along a plan, and write the table. Returns: data for JSON, and text."""
+    from vivace.models.caching.calibrate import PICTURES, calibrate_cache
+    from vivace.models.pipe import load
+
+    check_folder(out)
+    asked = None if prompts is None else read_lines(prompts)
+    pipe = load(model, dtype="float32")
+    chosen = pipe.choose_plan(plan, solver, steps, guidance)
+    count, start = PICTURES if pictures is None else pictures, time.perf_counter()
+    with progress_bars() as progress:
+        table = calibrate_cache(pipe, chosen, pictures=count, seed=seed, prompts=asked, progress=progress)
+    seconds = time.perf_counter() - start
+    table.save(out)
+    told = table.metadata
+    data: dict[str, Any] = {"out": str(out), "kind": table.kind, "hash": table.hash, "model": told["model"]}
+    data |= {"fingerprint": table.fingerprint, "plan": told["plan_hash"], "seed": seed, "seconds": seconds}
+    data |= {name: told[name] for name in ("pictures", "evaluations", "sites")}
+    data |= {"arrays": sorted(table.arrays), "bytes": sum(array.nbytes for array in table.arrays.values())}
+    lines = [
+        f"{data['model']}: sites {', '.join(data['sites'])} over {data['evaluations']} evaluations of {count} runs",
+        f"wrote {out}: {data['bytes'] / 1e6:.1f} MB, {table.hash[:12]}, plan {data['plan'][:12]}, {seconds:.1f} s",
+    ]
+    return data, "\n".join(lines)
+
+
 def check_folder(path: Path) -> None:
     """Refuse a file that could not be written, before any work. Raises OutputError."""
     if path.is_dir():

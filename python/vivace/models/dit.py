@@ -52,6 +52,10 @@ class Modulation(NamedTuple):
         """The six vectors of block i, each [R, 1, D]."""
         return _vectors(self.blocks[i])
 
+    def of_half(self, i: int, half: int) -> tuple[Tensor, ...]:
+        """Shift, 1 + scale and gate of block i's attention (half 0) or MLP (half 1), each [R, 1, D]."""
+        return self.of_block(i)[3 * half : 3 * half + 3]
+
     def of_head(self) -> tuple[Tensor, ...]:
         """The two vectors of the head, each [R, 1, D]."""
         return _vectors(self.final)
@@ -181,6 +185,15 @@ class DiT(nn.Module):
     def block(self, i: int, hidden: Tensor, modulation: Modulation) -> Tensor:
         """Block i on hidden states [R, N, D]."""
         return self.layers()[i].forward(hidden, modulation.of_block(i))
+
+    def fresh(self, i: int, half: int, hidden: Tensor, modulation: Modulation) -> Tensor:
+        """What half of block i, 0 its attention and 1 its MLP, gives before its gate; [R, N, D]."""
+        block, (shift, scale, _) = self.layers()[i], modulation.of_half(i, half)
+        return block.mlp(hidden, shift, scale) if half else block.attention(hidden, shift, scale)
+
+    def joined(self, i: int, half: int, hidden: Tensor, modulation: Modulation, fresh: Tensor) -> Tensor:
+        """hidden + gate * fresh, to the bits of `block`."""
+        return torch.addcmul(hidden, modulation.of_half(i, half)[2], fresh)
 
     def head(self, hidden: Tensor, modulation: Modulation, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """Hidden states [R, N, D] -> B predictions [n, C, H, W]; `size` (H, W), default the native one."""

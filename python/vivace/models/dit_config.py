@@ -61,6 +61,13 @@ class DiTConfig:
         """Tokens down and across at the native size."""
         return self.size // self.patch, self.size // self.patch
 
+    @property
+    def costs(self) -> tuple[tuple[str, float], ...]:
+        """Multiplications a token at the native size: of one block's attention and MLP, and of stem and head."""
+        width, tokens = float(self.width), self.grid[0] * self.grid[1]
+        pixels = self.patch * self.patch * (self.channels + self.out_channels)
+        return ("attn", 4 * width**2 + 2 * tokens * width), ("mlp", 8 * width**2), ("outside", pixels * width)
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str = "config") -> DiTConfig:
         """Read a diffusers configuration; absent fields take the defaults of diffusers. Raises ModelError."""

@@ -90,6 +90,8 @@ class OpenModel:
             branches=("cond", "uncond"),
             conditioning="class",
             schedule=self.schedule,
+            width=self.config.width,
+            costs=self.config.costs,
         )
 
 

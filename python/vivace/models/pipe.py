@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from threading import Lock
@@ -13,107 +13,20 @@ from weakref import WeakValueDictionary
 
 from vivace.engine.bind import ModelSpec
 from vivace.engine.passes import apply_guidance
-from vivace.engine.plan import Plan, Variant
+from vivace.engine.plan import Plan
 from vivace.engine.planning import make_plan
-from vivace.engine.precision import named
 from vivace.errors import ArgumentError, BackendError, ModelError
-from vivace.models import pictures
+from vivace.models.class_denoiser import ClassDenoiser
 from vivace.models.load import LoadedModel, OpenModel
 from vivace.models.load import load as load_model
-from vivace.models.prompts import Match
-from vivace.models.quantized import honoured
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from vivace.engine.compiled import Compiler
-    from vivace.engine.denoiser import Replayable
     from vivace.engine.session import Session
     from vivace.models.pipelines.decode import DecodeOptions
     from vivace.models.pipelines.open import ForeignPipe
-    from vivace.models.quantized.stand_in import StandIns
     from vivace.models.quantized.weights import QuantizedWeights
-
-
-class ClassDenoiser:
-    """The native DiT as the engine's `Denoiser`: conditions are classes found by prompt, uncond is the null label."""
-
-    models: tuple[str, ...] = ("main",)
-
-    def __init__(self, model: LoadedModel, quantized: QuantizedWeights | None = None) -> None:
-        self.model, self.spec, self.quantized = model, model.spec, quantized
-        self.device, self.dtype = model.module.device, model.module.dtype
-
-    @cached_property
-    def stand_ins(self) -> StandIns:
-        """What runs a row that names precisions."""
-        from vivace.models.quantized.stand_in import StandIns
-
-        return StandIns(self.quantized)
-
-    @property
-    def precisions(self) -> frozenset[str]:
-        """In which `evaluate` runs blocks, where a variant names them."""
-        return honoured(self.quantized)
-
-    @property
-    def digest(self) -> str:
-        """Of the quantized weights, "" without."""
-        return self.stand_ins.digest
-
-    def encode(self, prompt: str | int | None) -> Match:
-        """The class of a prompt; None or "" is the null label. Raises PromptError with suggestions."""
-        return self.model.prompts.find(prompt)
-
-    def evaluate(
-        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Match], variant: Variant
-    ) -> tuple[Tensor, ...]:
-        """One prediction [n, C, H, W] per branch of the variant."""
-        import torch
-
-        ids = [condition.id for condition in conditions]
-        null = [self.model.classes] * len(ids)
-        labels = torch.tensor([ids if branch == "cond" else null for branch in variant.branches], device=x.device)
-        t = torch.tensor(timesteps, dtype=torch.float64, device=x.device)
-        if not named(variant):
-            return self.model.module(x, t, labels)
-        from vivace.models.quantized.layers import forward_at
-
-        module, group_of = self.stand_ins.of(self.model.module, variant), self.stand_ins.group_of(variant)
-        groups = None if group_of is None else [group_of(time) for time in timesteps] * len(variant.branches)
-        with forward_at(timesteps, None if groups is None else torch.tensor(groups, device=x.device)):
-            predictions: tuple[Tensor, ...] = module(x, t, labels)
-        return predictions
-
-    def compiler(self) -> Compiler | Replayable:
-        """The native DiT's, for the device it is on. Raises UnsupportedError with the reason."""
-        from vivace.models.compiled.native import native_compiler
-        from vivace.models.compiled.replay import DitReplay
-
-        module, null, quantized = self.model.module, self.model.classes, self.quantized
-        given = {} if quantized is None else {"quantized": quantized}
-
-        def label(match: Match, branch: str) -> int:
-            return match.id if branch == "cond" else null
-
-        if self.device.type == "cuda":
-            return DitReplay(module, label, **given)
-        return native_compiler(module, self.spec, label, **given)
-
-    def to_latent(self, image: Any) -> Tensor:
-        """A PIL picture or path at model size, or a tensor as it is, as a latent [C, H, W]."""
-        import torch
-
-        return image if isinstance(image, torch.Tensor) else pictures.to_latent(image, self.model.shape)
-
-    def to_images(self, latents: Tensor) -> list[Any]:
-        """PIL pictures of latents; none for a model whose latents are not pixels."""
-        return pictures.to_images(latents) if self.model.pixels else []
-
-    def reports(self) -> dict[str, Any]:
-        """Nothing: prompts are class names, pictures are latents."""
-        return {}
 
 
 class Pipe:

@@ -14,9 +14,9 @@ from vivace.engine.denoiser import predictions
 from vivace.engine.executors.cuda_graph import CudaGraphExecutor, bucket
 from vivace.engine.executors.eager import EagerExecutor
 from vivace.engine.session import Session
+from vivace.models.class_denoiser import ClassDenoiser
 from vivace.models.compiled.replay import DitReplay
 from vivace.models.load import load as load_model
-from vivace.models.pipe import ClassDenoiser
 from vivace.models.pipelines.network import NetworkDenoiser
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

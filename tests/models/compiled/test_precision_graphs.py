@@ -9,12 +9,12 @@ import vivace
 from vivace.engine.compiled import Evaluation
 from vivace.engine.denoiser import predictions
 from vivace.engine.passes import apply_precision
+from vivace.models.class_denoiser import ClassDenoiser
 from vivace.models.compiled.hoist import modulation_table
 from vivace.models.compiled.replay import DitReplay
 from vivace.models.compiled.sequence import DitSequence
 from vivace.models.dit import DiT
 from vivace.models.load import load as load_model
-from vivace.models.pipe import ClassDenoiser
 from vivace.models.quantized.layers import forward_at
 from vivace.models.quantized.native import PreciseDiT
 from vivace.models.quantized.weights import QuantizedLayer, QuantizedWeights

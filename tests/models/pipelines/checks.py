@@ -15,12 +15,14 @@ from math import prod
 from typing import Any
 
 import torch
+from tests.models.caching.keeping import Run, calls, keep, reuse
 from tests.models.pipelines.tiny import FAMILIES, VARIANTS, Tiny, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivace
 from vivace.engine.bind import ModelSpec
 from vivace.engine.denoiser import BlockCall, BlockInfo, BlockOut, Interceptor
+from vivace.models.caching.foreign import Cached
 from vivace.models.pipelines.blocks import ModuleParts
 
 TINY = {**FAMILIES, **VARIANTS}
@@ -191,6 +193,23 @@ def runs_in_float64(network: Network) -> None:
     assert narrow.found == bool(wide.parts.family.float32)
 
 
+def keeps_and_gives(network: Network) -> None:
+    """Blocks and sites inside them that are given what they gave do not run, and the answer has the same bits."""
+    last = len(network.parts.blocks) - 1
+    first = 1 if network.parts.blocks[0].kind == "down" else 0
+    cached = Cached(network.module)
+    rules = {"block": [(first, last)]}
+    for site in sorted(cached.sites - {"block", "residual"}):
+        rules[site] = [(i, i + 1) for i in range(last) if cached.lacks(site, (i, i + 1)) is None]
+    inner = [site for site in rules if site != "block"]
+    names = [info.name for info in network.parts.blocks[first:last]]
+    for sites in (["block"], inner):
+        run = Run.of(network, *(tuple(say(b, site) for site in sites for b in rules[site]) for say in (keep, reuse)))
+        assert torch.equal(run.row(0), network.answer)
+        assert torch.equal(run.row(1), network.answer)
+        assert sites == inner or calls(network, names, partial(run.row, 1)) == 0
+
+
 def serves_two_threads(network: Network) -> None:
     """One thread replaces blocks while another runs the plain network: both as if alone."""
 
@@ -305,6 +324,7 @@ ON_NETWORKS: dict[str, Callable[[Network], None]] = {
     "left out": leaves_out_a_block,
     "float64": runs_in_float64,
     "two threads": serves_two_threads,
+    "cached": keeps_and_gives,
     "spec": says_its_spec,
 }
 ON_PIPELINES: dict[str, Callable[[str], None]] = {

@@ -14,6 +14,9 @@ from pathlib import Path
 from tests.models.pipelines.checks import CHECKS, networks
 from tests.models.pipelines.tiny import FAMILIES, VARIANTS, make
 
+from vivace.engine.caching import SITES
+from vivace.models.caching.foreign import Cached
+from vivace.models.pipelines.blocks import ModuleParts
 from vivace.models.pipelines.families import FAMILIES as RECORDS
 
 PATH = Path(__file__).resolve().parents[3] / "docs" / "models.md"
@@ -41,6 +44,8 @@ CLAIMS = """
 - **float64**: the network runs in float64 and agrees with float32 up to rounding; "but" names what `diffusers` computes
   in float32 within the blocks all the same.
 - **two threads**: one replaces blocks of a network while another runs it plainly, both with the bits of a thread alone.
+- **cached**: blocks, and attentions and MLPs inside them, that are given what they gave do not run, and the prediction
+  keeps its bits.
 - **spec**: the tokens of a latent by the spec are the image tokens that the blocks read.
 
 `guidance` is the argument that asks for a second branch; "in the network" means that the scale is an input.
@@ -49,6 +54,10 @@ CLAIMS = """
 """
 
 REFUSED = """
+A site of a plan's cache rules is `attn`, `cross_attn` or `mlp` of single blocks, `residual` or `block` of a range; a
+rule on a block that lacks the site is refused by name. "Together": one projection gives both, so rules say the same of
+both.
+
 Pipelines that share a network share its row. These were tested as well: {variants}.
 
 ## Refused, and why
@@ -113,7 +122,7 @@ def checked() -> list[list[str]]:
 
 def described() -> list[list[str]]:
     """What the records say of each network."""
-    table = [["network", "blocks", "streams", "prediction", "takes a latent as"]]
+    table = [["network", "blocks", "streams", "prediction", "takes a latent as", "sites that caches keep"]]
     takes = {"channels": "[B, C, ...]", "tokens": "[B, N, C of a patch]", "frames": "[B, F, C, H, W]"}
     seen = {type(network.module).__name__: network.parts for name in FAMILIES for network in networks(name)}
     for name, parts in seen.items():
@@ -124,8 +133,16 @@ def described() -> list[list[str]]:
         )
         prediction = family.prediction + (", negated" if family.sign < 0 else "")
         paths = ", ".join(f"`{entry.path}`" for entry in family.blocks)
-        table.append([f"`{name}`", paths, ", ".join(streams), prediction, takes[family.layout]])
+        table.append([f"`{name}`", paths, ", ".join(streams), prediction, takes[family.layout], sites(parts)])
     return table
+
+
+def sites(parts: ModuleParts) -> str:
+    """Sites of a network's blocks, and those that one projection gives together."""
+    there = Cached(parts.module).sites
+    listed = ", ".join(site for site in SITES if site in there)
+    joined = [(half.sites, entry.path) for entry in parts.family.blocks for half in entry.inside if len(half.sites) > 1]
+    return listed + "".join(f"; {' and '.join(names)} of `{path}` together" for names, path in joined)
 
 
 def render() -> str:

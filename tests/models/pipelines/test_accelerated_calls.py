@@ -439,10 +439,10 @@ def test_mistakes_have_one_clear_message(build):
         vivace.accelerate(torch.nn.Linear(1, 1), plan)
     with pytest.raises(vivace.ArgumentError, match="a str for the plan"):
         vivace.accelerate(pipe, "unipc")
-    reused = vivace.Rule((0, 1), action=vivace.Action.REUSE)
-    stored = replace(plan.steps[0].variant, rules=(vivace.Rule((0, 1), action=vivace.Action.COMPUTE, store="float32"),))
+    reused = vivace.Rule((0, 1), "cross_attn", action=vivace.Action.REUSE)
+    stored = replace(plan.steps[0].variant, rules=(vivace.Rule((0, 1), "cross_attn", action=vivace.Action.COMPUTE),))
     steps = (replace(plan.steps[0], variant=stored), replace(plan.steps[1], variant=replace(stored, rules=(reused,))))
-    with pytest.raises(vivace.UnsupportedError, match="step 1: a pipeline's loop does not run REUSE"):
+    with pytest.raises(vivace.UnsupportedError, match="evaluation 0: a pipeline's network.*has no site 'cross_attn'"):
         vivace.accelerate(pipe, replace(plan, steps=(*steps, *plan.steps[2:])))
     assert "_vivace_acceleration" not in pipe.__dict__
     vivace.accelerate(pipe, plan)

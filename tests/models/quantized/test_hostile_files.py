@@ -265,7 +265,7 @@ def test_random_damage_never_gets_through_unseen(good, reads):
     assert same(reads(text, tensors), weights())
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no os.mkfifo; run on Linux or macOS")
 def test_pipes_folders_and_devices_are_no_files(good, tmp_path):
     os.mkfifo(tmp_path / "p.json")
     (tmp_path / "d.json").mkdir()

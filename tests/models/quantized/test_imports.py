@@ -14,6 +14,8 @@ import vivace
 from vivace.errors import ModelError
 from vivace.models.quantized.stand_in import block_names, place_of
 
+NO_TORCHAO = "torchao is not installed (pip install torchao); its format, made by hand, is tested without it"
+
 
 @pytest.fixture(scope="module")
 def sd3():
@@ -25,7 +27,8 @@ def sd3():
 @pytest.fixture(scope="module")
 def dit(tiny_folder, tmp_path_factory):
     """A folder that opens as the native DiT, and the linears of its diffusers twin."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("dit") / "transformer")
     (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
     return folder, linears_of(diffusers.AutoModel.from_pretrained(str(folder)))
@@ -218,8 +221,8 @@ def test_folders_that_are_no_int8_checkpoint(sd3, tmp_path):
 
 
 def test_a_checkpoint_that_torchao_itself_made(sd3, tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
-    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    quantization = pytest.importorskip("torchao.quantization", reason=NO_TORCHAO)
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support", reason=NO_TORCHAO)
     pipe, linears = sd3
     network = load("sd3").networks["transformer"]
     config = quantization.Int8DynamicActivationInt8WeightConfig()

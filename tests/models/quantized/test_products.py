@@ -10,7 +10,9 @@ from vivace.models.quantized.layers import QuantizedLinear
 from vivace.models.quantized.products import ONEDNN, OURS, Int8Products, OneDnnProduct
 from vivace.models.quantized.weights import QuantizedLayer
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN; install a build of it that does"
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

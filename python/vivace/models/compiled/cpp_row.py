@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from vivace.engine.compiled import Bucket
+from vivace.models.compiled.kept_rows import NOTHING, KeptMemories, KeptRows
 from vivace.models.compiled.packed import PackedDit
+from vivace.models.compiled.parts import Part
 from vivace.models.compiled.precisions import SITES, Kinds, plain
 from vivace.models.compiled.scales import scale_table
 from vivace.models.dit import DiT
@@ -56,6 +58,7 @@ class CppRow:
         self.memory = memory or Memory()
         self._sizes = (1, 1, 1)  # rows, samples, tokens the arena has room for
         self._threads = 1
+        self._kept = KeptMemories()
         self._positions = lru_cache(KEPT)(self._table)
         self._out = lru_cache(KEPT)(partial(torch.empty, dtype=torch.float32))
 
@@ -79,6 +82,7 @@ class CppRow:
         picks: Picks,
         groups: Sequence[int] | None = None,
         *,
+        part: Part | None = None,
         clock: bool = False,
         check: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -86,15 +90,55 @@ class CppRow:
 
         x: [lanes, C, H, W], float32 or bfloat16; tables: of each sample the modulation [S, B, 6L + 2, D] float32;
         picks: of each sample the (row, branch) of its table for every branch of the network; groups: of each sample the
-        timestep group of its activation scales, None where all go by token; clock: leave the nanoseconds of each of
-        CLOCKED in `clocked`; check: leave in `fault` the first linear whose input held NaN or infinity, None if none.
+        timestep group of its activation scales, None where all go by token; part: what the branches keep and give
+        again, None: nothing; clock: leave the nanoseconds of each of CLOCKED in `clocked`; check: leave in `fault` the
+        first linear whose input held NaN or infinity, None if none.
         """
-        capacity, channels, height, width = x.shape
+        out = self._out((len(picks[0]), len(lanes), *x.shape[1:]))
+        kept = NOTHING if part is None else self._kept.of(part, len(lanes), self._hidden(x))
+        outs = [branch.data_ptr() for branch in out]
+        self._run(x, lanes, tables, picks, groups, outs, kept=kept, clock=clock, check=check)
+        return out.unbind(0)
+
+    def look(
+        self,
+        x: Tensor,
+        lanes: Sequence[int],
+        tables: Sequence[Tensor],
+        picks: Picks,
+        groups: Sequence[int] | None,
+        blocks: int,
+        *,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """What that many blocks add to the hidden states, and these: float32 [B, n, N, D] each, in memory of their own.
+
+        blocks: 0: what the attention of block 0 reads, and the hidden states before it.
+        """
+        shape = len(picks[0]), len(lanes), *self._hidden(x)
+        signal, states = torch.empty(shape), torch.empty(shape)
+        look = blocks, states.data_ptr(), signal.data_ptr()
+        self._run(x, lanes, tables, picks, groups, [], look=look, check=check)
+        return signal, states
+
+    def _run(
+        self,
+        x: Tensor,
+        lanes: Sequence[int],
+        tables: Sequence[Tensor],
+        picks: Picks,
+        groups: Sequence[int] | None,
+        outs: Sequence[int],
+        *,
+        kept: KeptRows = NOTHING,
+        look: tuple[int, int, int] | None = None,
+        clock: bool = False,
+        check: bool = False,
+    ) -> None:
         threads = torch.get_num_threads()
         if threads > self._threads:
             self._grow(threads)
-        size, branches = (height, width), len(picks[0])
-        out = self._out((branches, len(lanes), channels, height, width))
+        size, branches = (x.shape[2], x.shape[3]), len(picks[0])
         modulations = [
             table.data_ptr() + (pick[b][0] * table.shape[1] + pick[b][1]) * table.stride(1) * 4
             for b in range(branches)
@@ -102,21 +146,30 @@ class CppRow:
         ]
         self.clocked, place = self.weights.runner.run(
             x=(x.data_ptr(), x.stride(0), str(x.dtype)[6:]),
-            capacity=capacity,
+            capacity=len(x),
             lanes=lanes,
             size=size,
             positions=self._positions(size).data_ptr(),
             modulations=modulations,
             x_scales=self._given(groups) * branches,
-            outs=[part.data_ptr() for part in out],
+            outs=outs,
             arena=self.memory.bytes.data_ptr(),
             arena_bytes=self.memory.bytes.nbytes,
             threads=threads,
             clock=clock,
             check=check,
+            uses=kept.uses,
+            weights=kept.weights,
+            first=kept.first,
+            start=kept.start,
+            look=look,
         )
-        self.fault = None if place < 0 else self._found(place, branches * len(lanes), len(lanes))
-        return out.unbind(0)
+        self.fault = None if place < 0 else self._found(place, len(modulations), len(lanes))
+
+    def _hidden(self, x: Tensor) -> tuple[int, int]:
+        """Tokens and width of the hidden states of a latent."""
+        patch = self.model.config.patch
+        return x.shape[2] // patch * (x.shape[3] // patch), self.model.config.width
 
     def _given(self, groups: Sequence[int] | None) -> list[int]:
         """Addresses of the activation scales [L, 4] of samples in these timestep groups."""

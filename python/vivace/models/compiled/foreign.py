@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vivace.engine.compiled import Bucket, Compiler, Evaluation
 from vivace.engine.denoiser import Replayable
+from vivace.engine.kept import Seen
 from vivace.engine.plan import Variant
 from vivace.engine.precision import named, spelled
 from vivace.errors import ModelError, PromptError, UnsupportedError
@@ -47,7 +48,7 @@ def foreign_compiler(denoiser: NetworkDenoiser) -> Compiler | Replayable:
     fed, sign = partial(_fed, denoiser.manner), denoiser.manner.sign
     given = {} if model is None or weights is None else {"quantized": weights}
     if denoiser.device.type == "cuda":
-        return denoiser if model is None else DitReplay(model, label_of, fed, sign, **given)
+        return denoiser.replayable() if model is None else DitReplay(model, label_of, fed, sign, **given)
     if model is not None:
         return native_compiler(model, denoiser.spec, label_of, fed, sign, **given)
     if denoiser.dtype not in DTYPES:
@@ -161,6 +162,16 @@ class FusedCompiler:
         """In which rows run, where a plan names precisions."""
         return self.stand_ins.precisions
 
+    @property
+    def sites(self) -> frozenset[str]:
+        """Of which rows keep and give again."""
+        return self.denoiser.sites
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Of guards that networks can look at."""
+        return self.denoiser.metrics
+
     def why_not(self, variant: Variant) -> str | None:
         """Why a variant cannot be compiled; None when it can. Whatever needs more than whole forwards was refused."""
         return self.denoiser.why_not(variant)
@@ -189,4 +200,10 @@ class FusedNetwork:
 
     def run(self, call: Evaluation) -> tuple[Tensor, ...]:
         """One prediction [n, ...] per branch."""
-        return self.denoiser.evaluate(call.x[list(call.lanes)], call.timesteps, call.conditions, self.variant)
+        x = call.x[list(call.lanes)]
+        return self.denoiser.evaluate(x, call.timesteps, call.conditions, self.variant, call.turns, call.resume)
+
+    def look(self, call: Evaluation, metric: str, params: Sequence[float]) -> Seen:
+        """The first blocks alone, as far as a guard's metric needs them."""
+        x = call.x[list(call.lanes)]
+        return self.denoiser.look(x, call.timesteps, call.conditions, self.variant, metric, params)

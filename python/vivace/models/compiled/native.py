@@ -17,16 +17,20 @@ from torch import Tensor
 
 from vivace.engine.bind import ModelSpec
 from vivace.engine.compiled import Bucket, Evaluation, Hoisted
+from vivace.engine.kept import Seen, split
 from vivace.engine.machine import machine
 from vivace.engine.plan import Variant
 from vivace.engine.precision import BlockPrecision
 from vivace.errors import StateError, UnsupportedError
 from vivace.kernels import store
 from vivace.kernels.spec import CPU, missing
-from vivace.models.compiled.cpp_row import CppRow, Memory
+from vivace.models.caching.events import SITES
+from vivace.models.caching.looks import METRICS, going_on, look_blocks, states_of
+from vivace.models.compiled.cpp_row import CppRow, Memory, Picks
 from vivace.models.compiled.hoist import modulation_table
 from vivace.models.compiled.packed import bytes_by_dtype
 from vivace.models.compiled.packs import refresh
+from vivace.models.compiled.parts import Part
 from vivace.models.compiled.precisions import Kinds, counted, kinds_of, nearest, plain, told, why_not
 from vivace.models.compiled.sequence_row import SequenceRow
 from vivace.models.dit import DiT
@@ -66,6 +70,8 @@ def native_compiler(
 
 class NativeCompiler:
     """Compiles variants of one model. Packed weights are shared with every other session of the model."""
+
+    sites, metrics = SITES, METRICS
 
     def __init__(
         self,
@@ -165,21 +171,52 @@ class NativeNetwork:
 
         Raises: StateError for activations with NaN or infinity where VIVACE_DEBUG is 1 or more, naming step and layer.
         """
+        seen = going_on(call.resume, call.turns)
+        alike = all(turn.use.branches == self.branches for turn in call.turns)
+        parts = [(self.branches, call.turns)] if alike else split(self.branches, call.turns)
+        made: dict[str, Tensor] = {}
+        for names, turns in parts:
+            start = (None, 0) if seen is None else (states_of(seen, names).contiguous(), seen.block)
+            outs = self._part(call, Part(names, turns, *start))
+            if len(parts) == 1:
+                return outs
+            made.update((name, out.clone()) for name, out in zip(names, outs, strict=True))
+        return tuple(made[branch] for branch in self.branches)
+
+    def look(self, call: Evaluation, metric: str, params: Sequence[float]) -> Seen:
+        """The first blocks alone, and what a guard measures there."""
+        blocks = look_blocks(metric, params, self.compiler.spec.blocks)
+        signal, states = self.row.look(*self._inputs(call, self.branches), blocks, check=debugging())
+        self._check(call)
+        return Seen(signal, self.branches, blocks, states, tuple(range(len(call.lanes))))
+
+    def _part(self, call: Evaluation, part: Part) -> tuple[Tensor, ...]:
+        """Predictions of some of the branches."""
+        outs = self.row.run(*self._inputs(call, part.branches), part=part, check=debugging())
+        self._check(call)
+        return outs if self.compiler.sign == 1.0 else tuple(out.neg_() for out in outs)
+
+    def _inputs(
+        self, call: Evaluation, branches: Sequence[str]
+    ) -> tuple[Tensor, tuple[int, ...], list[Tensor], Picks, list[int] | None]:
+        """x, lanes, modulation tables, what of them is read, and timestep groups: what rows take first."""
         tables, picks = [], []
         for j, hoisted in enumerate(call.hoisted):
-            row, branches = call.rows[j], self.branches
+            row, known = call.rows[j], branches
             if hoisted is None:  # nothing left the loop: this row's modulation is computed in it
                 row, table = 0, self.compiler.table(call.timesteps[j : j + 1], branches, call.conditions[j], keep=False)
             else:
-                table, branches = hoisted.data
+                table, known = hoisted.data
             tables.append(table)
-            picks.append([(row, branches.index(branch)) for branch in self.branches])
+            picks.append([(row, known.index(branch)) for branch in branches])
         groups = None if self.group_of is None else [self.group_of(time) for time in call.timesteps]
-        outs = self.row.run(call.x, call.lanes, tables, picks, groups, check=debugging())
+        return call.x, call.lanes, tables, picks, groups
+
+    def _check(self, call: Evaluation) -> None:
+        """Raise StateError when the row met numbers that are not finite."""
         if (fault := self.row.fault) is not None:
             layer, sample = fault
             raise StateError(f"step {call.rows[sample]}: {odd_numbers(layer, call.timesteps[sample : sample + 1])}")
-        return outs if self.compiler.sign == 1.0 else tuple(out.neg_() for out in outs)
 
 
 @torch.inference_mode()

@@ -58,6 +58,9 @@ class DitReplay:
                 self._scales[kinds] = None if table is None else table.flatten(1).to(self.model.device)
         return self._sequences[kinds]
 
+    sites: frozenset[str] = frozenset()  # graphs name memory by address: rows that keep or reuse run outside of them
+    metrics: frozenset[str] = frozenset()
+
     @property
     def precisions(self) -> frozenset[str]:
         """In which rows run, where a plan names precisions."""

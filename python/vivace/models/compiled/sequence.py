@@ -30,7 +30,9 @@ from vivace.models.compiled.linears import (
     Then,
     TorchLinears,
 )
+from vivace.models.compiled.parts import Part
 from vivace.models.compiled.precisions import SITES, Kinds, dtype_in, layer_in, plain
+from vivace.models.compiled.sequence_walk import Walk
 from vivace.models.dit import NORM_EPS, DiT
 from vivace.models.dit_config import DiTConfig
 from vivace.models.quantized.weights import QuantizedWeights
@@ -131,12 +133,13 @@ class _Block(NamedTuple):
     down: _Linear
 
 
-class _Run(NamedTuple):
-    """One evaluation: its memory, activation scales [R, 4L] of its rows or None, and who looks at inputs of linears."""
+class Run(NamedTuple):
+    """One evaluation: its memory, activation scales [R, 4L] or None, who looks at inputs of linears, vectors [R, D]."""
 
     arena: Arena
     x_scales: Tensor | None
     look: Look | None
+    vectors: tuple[Tensor, ...]
 
     def given(self, linear: _Linear) -> Tensor | None:
         """The scales [R] of a linear's input."""
@@ -216,6 +219,7 @@ class DitSequence:
         arena: Arena | None = None,
         x_scales: Tensor | None = None,
         look: Look | None = None,
+        part: Part | None = None,
     ) -> tuple[Tensor, ...]:
         """Predictions of every branch.
 
@@ -227,18 +231,19 @@ class DitSequence:
             x_scales: float32 [R, 4L], scales of quantized inputs, 0 where tokens have their own; None: everywhere.
             look: called with the name of every linear of a block or the head, and its input [R, N, K], or the scales
                 [R, N] of one that is quantized.
+            part: what the branches keep and give again; None: nothing.
         Returns: B tensors [n, C, H, W] in the arena, which its next evaluation overwrites.
         """
         patch, channels = self.config.patch, self.config.channels
         n, _, height, width = x.shape
         down, across = height // patch, width // patch
         arena = arena or self._made(branches * n, down * across)
-        run, vectors = _Run(arena, x_scales, look), modulation.unbind(1)
-        self._embed(arena, x, positions, branches)
-        normed = self._normed(run, self._blocks[0].qkv, vectors[1], vectors[0], NORM_EPS)
-        for i, block in enumerate(self._blocks):
-            after = self._blocks[i + 1].qkv if i + 1 < len(self._blocks) else self._head
-            normed = self._step(run, block, normed, vectors[6 * i : 6 * i + 8], self._eps[i], after)
+        run, part = Run(arena, x_scales, look, modulation.unbind(1)), part or Part(("",) * branches)
+        if part.states is None:
+            self._embed(arena, x, positions, branches)
+        else:
+            arena.hidden.tokens.copy_(part.states.flatten(0, 1))
+        normed = Walk(self, run, part, 2 * len(self._blocks)).input_of_head()
         if look is not None:
             look("final", normed.tokens)
         pixels = self._final(normed, arena.pixels).tokens
@@ -261,16 +266,43 @@ class DitSequence:
         hidden = arena.hidden.tokens.view(branches, *tokens.shape)
         torch.add(tokens.expand_as(hidden), positions, out=hidden)
 
-    def _step(
-        self, run: _Run, block: _Block, x: Any, vectors: tuple[Tensor, ...], mlp: tuple[float, str], after: _Linear
-    ) -> Any:
-        """One block; `vectors`: its six, then shift and scale of the norm after it, [R, D] each; mlp: eps and GELU."""
-        _, _, gate1, shift2, scale2, gate2, shift, scale = vectors
-        arena = run.arena.at(block.qkv.dtype)
-        mixed = self._attention(arena, self._product(run, block.qkv, x, arena.qkv))
-        x = self._update(run, block.out, mixed, gate1, (scale2, shift2, mlp[0]), block.up)
-        inner = self._product(run, block.up, x, run.arena.at(block.up.dtype).up, Then(mlp[1]))
-        return self._update(run, block.down, inner, gate2, (scale, shift, NORM_EPS), after)
+    def look(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        positions: Tensor,
+        branches: int,
+        arena: Arena,
+        x_scales: Tensor | None,
+        look: Look | None,
+        blocks: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What that many blocks add to the hidden states, float32, and these: [R, N, D]; arguments as of `run`.
+
+        blocks: 0: what the attention of block 0 reads, and the hidden states before it.
+        """
+        run, hidden = Run(arena, x_scales, look, modulation.unbind(1)), arena.hidden.tokens
+        self._embed(arena, x, positions, branches)
+        start = hidden.to(torch.float32, copy=True)
+        if not blocks:
+            return plain_norm.norm_modulate(start, run.vectors[1], run.vectors[0], eps=NORM_EPS), hidden.clone()
+        Walk(self, run, Part(("",) * branches), 2 * blocks, ends=True)
+        return hidden.float() - start, hidden.clone()
+
+    def inside(self, run: Run, half: int, x: Any) -> Any:
+        """Half a block from its norm to the input of its last linear."""
+        block = self._blocks[half // 2]
+        if half % 2 == 0:
+            arena = run.arena.at(block.qkv.dtype)
+            return self._attention(arena, self._product(run, block.qkv, x, arena.qkv))
+        return self._product(run, block.up, x, run.arena.at(block.up.dtype).up, Then(self._eps[half // 2][1]))
+
+    def _entry(self, half: int) -> tuple[_Linear, float]:
+        """The first linear of a half, or the head's, and the eps of the norm before it."""
+        if half == 2 * len(self._blocks):
+            return self._head, NORM_EPS
+        block = self._blocks[half // 2]
+        return (block.up, self._eps[half // 2][0]) if half % 2 else (block.qkv, NORM_EPS)
 
     def _attention(self, arena: Arena, qkv: Rows) -> Rows:
         """softmax(q k^T / sqrt(K)) v of every head, back as rows."""
@@ -283,15 +315,16 @@ class DitSequence:
         arena.mixed.tokens.view(mixed.shape).copy_(mixed)
         return arena.mixed
 
-    def _product(self, run: _Run, linear: _Linear, x: Any, out: Rows, then: Then = PLAIN) -> Rows:
+    def _product(self, run: Run, linear: _Linear, x: Any, out: Rows, then: Then = PLAIN) -> Rows:
         """act(x W^T + b), then gate and residual."""
         if run.look is not None:
             run.look(linear.name, x.scale if isinstance(x, EightBits) else x.tokens)
         made: Rows = linear.call(x, out, then)
         return made
 
-    def _normed(self, run: _Run, linear: _Linear, scale: Tensor, shift: Tensor, eps: float) -> Any:
-        """norm(hidden) * (1 + scale) + shift as the linear reads it."""
+    def normed(self, run: Run, half: int) -> Any:
+        """norm(hidden) * (1 + scale) + shift as the first linear of a half, or the head's, reads it."""
+        (linear, eps), (shift, scale) = self._entry(half), run.vectors[3 * half : 3 * half + 2]
         hidden = run.arena.hidden.tokens
         if linear.eight is not None:
             return linear.eight.normed(hidden, scale, shift, eps, run.given(linear))
@@ -302,20 +335,29 @@ class DitSequence:
             normed.tokens.copy_(self._norm(hidden, scale, shift, eps=eps))
         return normed
 
-    def _update(
-        self, run: _Run, linear: _Linear, x: Rows, gate: Tensor, norm: tuple[Tensor, Tensor, float], after: _Linear
-    ) -> Any:
-        """hidden += gate * layer(x); returns norm(hidden) * (1 + scale) + shift for the linear `after`."""
-        hidden, (scale, shift, eps) = run.arena.hidden, norm
-        given = x if linear.eight is None else linear.eight.quantized(x.tokens, run.given(linear))
+    def update(self, run: Run, half: int, x: Rows, keeps: Callable[..., None] | None, more: bool) -> Any:
+        """hidden += gate * layer(x) by the last linear of a half; `normed` of the next half, if there is `more`.
+
+        keeps: takes what the layer gives, before its gate, and does the rest where the layer would have.
+        """
+        block, hidden, gate = self._blocks[half // 2], run.arena.hidden, run.vectors[3 * half + 2]
+        linear = block.down if half % 2 else block.out
+        q = x if linear.eight is None else linear.eight.quantized(x.tokens, run.given(linear))
         if linear.gated:
-            self._product(run, linear, given, hidden, Then(gate=gate, residual=hidden))
-            return self._normed(run, after, scale, shift, eps)
-        update = self._product(run, linear, given, run.arena.update).tokens
-        if after.eight is None and after.dtype == hidden.tokens.dtype:
-            normed = run.arena.at(after.dtype).normed
-            args = (hidden.tokens, update, gate, scale, shift)
-            self._adaln(*args, eps=eps, out=normed.tokens, hidden_out=hidden.tokens)
-            return normed
-        gated_residual(hidden.tokens, update, gate, out=hidden.tokens)
-        return self._normed(run, after, scale, shift, eps)
+            if keeps is None:
+                self._product(run, linear, q, hidden, Then(gate=gate, residual=hidden))
+            else:
+                wide = hidden.like(hidden.padded.new_empty(hidden.padded.shape, dtype=torch.float32))
+                keeps(self._product(run, linear, q, wide).tokens, hidden=hidden.tokens, gate=gate)
+            return self.normed(run, half + 1) if more else None
+        update = self._product(run, linear, q, run.arena.update).tokens
+        if keeps is not None:
+            keeps(update)
+        after, eps = self._entry(half + 1)
+        if not more or after.eight is not None or after.dtype != hidden.tokens.dtype:
+            gated_residual(hidden.tokens, update, gate, out=hidden.tokens)
+            return self.normed(run, half + 1) if more else None
+        normed, (shift, scale) = run.arena.at(after.dtype).normed, run.vectors[3 * half + 3 : 3 * half + 5]
+        args = (hidden.tokens, update, gate, scale, shift)
+        self._adaln(*args, eps=eps, out=normed.tokens, hidden_out=hidden.tokens)
+        return normed

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vivace.engine.compiled import Bucket
 from vivace.models.compiled.cpp_row import Fault, Memory, Picks
+from vivace.models.compiled.parts import Part
 from vivace.models.compiled.precisions import Kinds, plain
 from vivace.models.compiled.scales import scale_table
-from vivace.models.compiled.sequence import DitSequence
+from vivace.models.compiled.sequence import Arena, DitSequence
 from vivace.models.dit import DiT
 from vivace.models.quantized.weights import QuantizedWeights
 
@@ -46,9 +47,39 @@ class SequenceRow:
         picks: Picks,
         groups: Sequence[int] | None = None,
         *,
+        part: Part | None = None,
         check: bool = False,
     ) -> tuple[Tensor, ...]:
         """Predictions [n, C, H, W] per branch, in the model's dtype; arguments as of `CppRow.run`."""
+        self.fault, look = None, partial(self._look, len(lanes)) if check else None
+        return self.sequence.run(*self._call(x, lanes, tables, picks, groups), look, part)
+
+    def look(
+        self,
+        x: Tensor,
+        lanes: Sequence[int],
+        tables: Sequence[Tensor],
+        picks: Picks,
+        groups: Sequence[int] | None,
+        blocks: int,
+        *,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `CppRow.look`; the hidden states in their own dtype."""
+        self.fault, look = None, partial(self._look, len(lanes)) if check else None
+        made = self.sequence.look(*self._call(x, lanes, tables, picks, groups), look, blocks)
+        signal, states = (rows.unflatten(0, (len(picks[0]), len(lanes))) for rows in made)
+        return signal, states
+
+    def _call(
+        self,
+        x: Tensor,
+        lanes: Sequence[int],
+        tables: Sequence[Tensor],
+        picks: Picks,
+        groups: Sequence[int] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, int, Arena, Tensor | None]:
+        """What `DitSequence` takes first."""
         patch, (height, width) = self.model.config.patch, x.shape[2:]
         grid, branches, n = (height // patch, width // patch), len(picks[0]), len(lanes)
         adjacent = list(lanes) == list(range(lanes[0], lanes[0] + n))
@@ -58,8 +89,7 @@ class SequenceRow:
         given = None
         if groups is not None and self._scales is not None:
             given = self._scales[list(groups) * branches].flatten(1)
-        self.fault, look = None, partial(self._look, n) if check else None
-        return self.sequence.run(samples, torch.stack(chosen), self._positions(grid), branches, arena, given, look)
+        return samples, torch.stack(chosen), self._positions(grid), branches, arena, given
 
     def _look(self, samples: int, name: str, x: Tensor) -> None:
         """Note the first linear whose input [R, N, ...] is not finite, and the sample."""

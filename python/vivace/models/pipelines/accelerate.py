@@ -16,6 +16,7 @@ from vivace.engine.executors.eager import check_whole
 from vivace.engine.plan import Plan
 from vivace.engine.receipt import Receipt
 from vivace.errors import ArgumentError, StateError
+from vivace.models.pipelines.cached import Offer
 from vivace.models.pipelines.calls import call_style, require_style
 from vivace.models.pipelines.decode import DecodeOptions, decoder_view
 from vivace.models.pipelines.fused import Fused
@@ -48,8 +49,9 @@ def accelerate(
 
     Args:
         pipeline: a `diffusers` pipeline object; changed by no more than its class and one entry of its `__dict__`.
-        plan: unbound or bound; without cache rules, dropped tokens, per-row precision and guards. None: what the
-            pipeline's own scheduler does, at every call anew.
+        plan: unbound or bound; without dropped tokens and per-row precision. None: what the pipeline's own scheduler
+            does, at every call anew. Caches of a plan live in the run of a call; a guard decides once a row for all its
+            pictures, and fires where it does for each.
         arithmetic: of the steps. "auto": the pipeline's scheduler where the plan is exactly what it does, else the
             fused step; "plan": the fused step always.
         kernels: own kernels inside the network's blocks; None: except where the pipeline's own scheduler does the
@@ -73,7 +75,7 @@ def accelerate(
         raise ArgumentError(f"accelerate: arithmetic={arithmetic!r}; use 'auto' or 'plan'")
     planner = Planner(plan, arithmetic == "auto")
     if plan is not None:
-        _check(plan)
+        _check(plan, pipeline)
         planner.check_scheduler(pipeline.scheduler)
     if not planner.silent:
         require_style(pipeline)
@@ -230,11 +232,14 @@ def _of(pipeline: Any, what: str) -> Acceleration:
     return found
 
 
-def _check(plan: Plan) -> None:
-    """Refuse tails, and rows that need more than whole evaluations."""
+def _check(plan: Plan, pipeline: Any) -> None:
+    """Refuse tails, and rows that the pipeline's networks cannot run."""
     if plan.recipe is not None and plan.recipe.tail is not None:
         raise ArgumentError("accelerate: the plan is a tail; give the full plan, of which the call's strength cuts one")
-    check_whole(plan, "a pipeline's loop", True)
+    found = {name: getattr(pipeline, name, None) for name in DENOISERS}
+    networks = {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
+    offer: Any = Offer(plan, networks)
+    check_whole(plan, "a pipeline's loop", offer)
 
 
 @cache

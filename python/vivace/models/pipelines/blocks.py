@@ -35,6 +35,7 @@ class ModuleParts:
             for index, (name, entry) in enumerate(self.family.names(module))
         )
         self.blocks: tuple[BlockInfo, ...] = tuple(info for info, _, _ in self._parts)
+        self.entries: tuple[Blocks, ...] = tuple(entry for _, entry, _ in self._parts)  # the list of each block
 
     def forward(self, interceptor: Interceptor, *args: Any, **kwargs: Any) -> Any:
         """module(*args, **kwargs), every block's turn handed to `interceptor`."""
@@ -51,7 +52,7 @@ class ModuleParts:
         lists = {path: _list(getattr(self.module, path), standing) for path, standing in children.items()}
         stand_in = fork(self.module, **lists)
         if "forward" in stand_in.__dict__:
-            stand_in.__dict__["forward"] = _rebound(self.module.forward, self.module, stand_in)
+            stand_in.__dict__["forward"] = rebound(self.module.forward, self.module, stand_in)
         return stand_in(*args, **kwargs)
 
 
@@ -76,12 +77,28 @@ def _turn(
         info=info,
         hidden=options.pop(shape.hidden),
         context=options.pop(shape.context, None) if shape.context else None,
-        compute=lambda: _read(shape, block(*args, **kwargs)),
+        compute=partial(_compute, block, shape, args, kwargs),
         skips=() if skips is None else tuple(skips) if isinstance(skips, (tuple, list)) else (skips,),
         image=image,
         options=options,
     )
     return _written(shape, interceptor(call))
+
+
+def _compute(
+    block: Any,
+    shape: Shape,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    skips: tuple[Any, ...] | None = None,
+    inside: Callable[[Any], Any] | None = None,
+) -> BlockOut:
+    """The block as the model would run it; with other skips, or as the stand-in that `inside` makes of it."""
+    if skips is not None:
+        assert shape.skips is not None, "blocks that take skips are told others"
+        args, kwargs = (), {**_named(type(plain(block)), args, kwargs), shape.skips: skips}
+    return _read(shape, (block if inside is None else inside(block))(*args, **kwargs))
 
 
 def _read(shape: Shape, result: Any) -> BlockOut:
@@ -139,7 +156,7 @@ def _require_reachable(module: Any) -> None:
         )
 
 
-def _rebound(forward: Any, module: nn.Module, stand_in: Any) -> Callable[..., Any]:
+def rebound(forward: Any, module: nn.Module, stand_in: Any) -> Callable[..., Any]:
     """A forward that hooks replaced on `module`, on the stand-in. Raises UnsupportedError naming what cannot move."""
     if getattr(forward, "__self__", None) is module:
         return MethodType(forward.__func__, stand_in)
@@ -149,7 +166,7 @@ def _rebound(forward: Any, module: nn.Module, stand_in: Any) -> Callable[..., An
             if hasattr(cell.cell_contents, "pre_forward"):
                 return _rebound_hook(cell.cell_contents, module, stand_in)
         if "_hf_hook" in module.__dict__:  # accelerate
-            stand_in.__dict__["_old_forward"] = _rebound(module._old_forward, module, stand_in)
+            stand_in.__dict__["_old_forward"] = rebound(module._old_forward, module, stand_in)
             return partial(forward.func, stand_in)
     raise UnsupportedError(
         f"{name}.forward was replaced on the object by {forward!r}, which keeps the network it was made for; its "
@@ -167,7 +184,7 @@ def _rebound_hook(reference: Any, module: Any, stand_in: Any) -> Callable[..., A
             f"forward, so blocks cannot be reached beneath it; remove it (disable_cache() for caches), or use a plan "
             "without rules for blocks"
         )
-    inner = _rebound(reference.forward, module, stand_in)
+    inner = rebound(reference.forward, module, stand_in)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = reference.pre_forward(stand_in, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vivace.engine.stepper import Stepper
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, ShapeError, StateError, UnsupportedError
 from vivace.models.pipelines.branches import batch_of, half, output_of, twice, with_output
+from vivace.models.pipelines.cached import CallCaches, Given, gives_again
 from vivace.models.pipelines.calls import CallStyle
 from vivace.models.pipelines.planned import Effective
 from vivace.models.versions import version_of
@@ -50,6 +52,9 @@ class Driven:
         self.guided, self.values = guided, values
         self.order = max(1, round(plan.nfe / steps))
         self.restarts = 0
+        self.caches: CallCaches | None = None
+        self.given: list[Given] = []  # by executed evaluation
+        self._caching = gives_again(plan)
         self.changed = False  # a callback changed the latents
         self._rows = _evaluated(plan)
         self._at = 0  # evaluations of the full plan that lie behind
@@ -90,7 +95,7 @@ class Driven:
     def begin(self, evaluation: int) -> None:
         """The run starts, or starts anew, at this evaluation of the full plan."""
         self._at = self._base = evaluation
-        self._left = _evaluated(self._tail(evaluation)[0])
+        self._left, self.caches = _evaluated(self._tail(evaluation)[0]), None
 
     def scaled(self, sample: Tensor, timestep: Any) -> Tensor:
         """x_scale * sample: what the network reads in this row."""
@@ -110,19 +115,38 @@ class Driven:
         self._calls += 1
         if self.silent or step.variant is None:
             batched = self.guided and self.style is not None and not self.style.separate
-            return networks[name](*args, **kwargs), 1 + batched
-        network = networks[self._model(name, step.variant.model, networks)]
+            return self._run(name, networks, self._handed(args, kwargs), args, kwargs), 1 + batched
+        name = self._model(name, step.variant.model, networks)
         assert self.style is not None
         if not self.guided:
-            result = network(*args, **kwargs)
+            result = self._run(name, networks, ("cond",), args, kwargs)
             self._outs = {"cond": output_of(result)}
             return result, 1
+        network = partial(self._run, name, networks)
         if self.style.separate:
             return self._separate(step, network, args, kwargs)
         if self._calls > 1:  # a further call of the pipeline's own guidance, which the plan replaces
             own = batch_of(args, kwargs) == self._samples
             return (with_output(self._shown, self._outs["cond"]) if own else self._shown), 0
         return self._batched(step, network, args, kwargs)
+
+    def _run(
+        self, name: str, networks: Mapping[str, Network], branches: tuple[str, ...], args: Any, kwargs: Any
+    ) -> Any:
+        """A network's answer to a batch of these branches, with the caches of the row where the plan has any."""
+        if not self._caching:
+            return networks[name](*args, **kwargs)
+        if self.caches is None:
+            self.caches = CallCaches(self._tail(self._base)[0], networks[name], self.silent)
+        return self.caches.run(self._at - self._base, name, networks[name], branches, args, kwargs)
+
+    def _handed(self, args: Any, kwargs: Any) -> tuple[str, ...]:
+        """The branches of a call whose guidance is the pipeline's: by their rows, or by which call of a step it is."""
+        style, batch = self.style, batch_of(args, kwargs)
+        if self.guided and style is not None and not style.separate:
+            self._samples = self._samples or batch // 2
+            return style.order if batch == 2 * self._samples else ("cond",)
+        return ("cond", "uncond")[self._calls - 1 : self._calls] or (f"call {self._calls}",)
 
     def _model(self, asked: str, planned: str, networks: Mapping[str, Network]) -> str:
         """The network of a row: the plan's where it names several, else the one the pipeline calls."""
@@ -135,11 +159,11 @@ class Driven:
 
     def _separate(self, step: Step, network: Network, args: Any, kwargs: Any) -> tuple[Any, int]:
         if self._calls == 1:
-            self._shown = network(*args, **kwargs)
+            self._shown = network(("cond",), args, kwargs)
             self._outs = {"cond": output_of(self._shown)}
             return self._shown, 1
         if self._calls == 2 and "uncond" in step.branches:
-            self._outs["uncond"] = output_of(network(*args, **kwargs))
+            self._outs["uncond"] = output_of(network(("uncond",), args, kwargs))
             return self._shown, 1
         return self._shown, 0
 
@@ -148,7 +172,7 @@ class Driven:
         batch, cond = batch_of(args, kwargs), self.style.order.index("cond")
         self._samples = self._samples or batch // 2
         if batch == self._samples and "uncond" not in step.branches:  # the pipeline stopped its guidance as well
-            self._shown = network(*args, **kwargs)
+            self._shown = network(("cond",), args, kwargs)
             self._outs = {"cond": output_of(self._shown)}
             return self._shown, 1
         if batch != 2 * self._samples:
@@ -157,11 +181,11 @@ class Driven:
                 "callback or an option of the call ends is the plan's to end: apply_guidance(plan, interval=...)"
             )
         if "uncond" in step.branches:
-            result = network(*args, **kwargs)
+            result = network(self.style.order, args, kwargs)
             both = output_of(result).chunk(2)
             self._outs = {"cond": both[cond], "uncond": both[1 - cond]}
         else:
-            result = network(*half(args, batch, cond), **half(kwargs, batch, cond))
+            result = network(("cond",), half(args, batch, cond), half(kwargs, batch, cond))
             self._outs = {"cond": output_of(result)}
         self._shown = with_output(result, twice(self._outs["cond"]))
         return self._shown, len(self._outs)
@@ -180,6 +204,7 @@ class Driven:
         assert self._stepper is not None
         outs = (model_output,) if self.silent else self._predictions(row, model_output, x)
         result = self._stepper.advance(outs)
+        self.given.append(Given() if self.caches is None else self.caches.given(self._at - self._base))
         self._at += 1
         if self._stepper.done:
             self._spend()

@@ -41,18 +41,64 @@ UP = Shape(skips="res_hidden_states_tuple")
 
 
 @dataclass(frozen=True, slots=True)
+class Child:
+    """Modules inside a block. path: of one, from the block; "*" is every item of a list. streams: tensors it returns,
+    of the shape of its first argument, and 2 of its `encoder_hidden_states`."""
+
+    path: str
+    streams: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """What gives a site of a block ("attn", "cross_attn", "mlp"): its outputs before the gate.
+
+    sites: several where one projection gives them together; children: those that a block lacks are left out; idle:
+    what need not run either when the site is given.
+    """
+
+    sites: tuple[str, ...]
+    children: tuple[Child, ...]
+    idle: tuple[Child, ...] = ()
+
+
+def halves(attention: str = "attn1", mlp: str = "ff", streams: int = 1) -> tuple[Half, ...]:
+    """Attention, cross-attention `attn2` and MLP at these paths."""
+    cross = Half(("cross_attn",), (Child("attn2"),))
+    return Half(("attn",), (Child(attention, streams),)), cross, Half(("mlp",), (Child(mlp),))
+
+
+def beside(attention: Child) -> tuple[Half, ...]:
+    """An attention beside its MLP, which one projection joins."""
+    return (Half(("attn", "mlp"), (Child("proj_out"),), (attention, Child("proj_mlp"))),)
+
+
+JOINT = (  # one attention of two streams, and perhaps one more of the image alone
+    Half(("attn",), (Child("attn", 2), Child("attn2"))),
+    Half(("mlp",), (Child("ff"), Child("ff_context"))),
+)
+NESTED = tuple(  # transformers within the block of a UNet
+    Half((site,), (Child(f"attentions.*.transformer_blocks.*.{name}"),))
+    for site, name in (("attn", "attn1"), ("cross_attn", "attn2"), ("mlp", "ff"))
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Blocks:
     """A list of blocks of a network, or a single block.
 
     path: the attribute that holds it; shape: None for what `diffusers` registers for the class of the blocks; text: for
     blocks with text tokens and image tokens in one sequence, the count of text tokens that lead it, from the arguments
-    of the network's forward; kind: "transformer", or "down" | "mid" | "up" of a UNet.
+    of the network's forward; kind: "transformer", or "down" | "mid" | "up" of a UNet; inside: its sites that caches can
+    keep, () for those of whole blocks alone; mirrored: the last block reads again what the first one gave, and so on.
     """
 
     path: str
     shape: Shape | None = None
     text: Callable[[Mapping[str, Any]], int] | None = None
     kind: str = "transformer"
+    inside: tuple[Half, ...] = ()
+    mirrored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +270,15 @@ def _caption_ahead(arguments: Mapping[str, Any]) -> int:
     return lengths.pop()
 
 
-_STREAM = (Blocks("transformer_blocks"),)
-_TWO_STREAMS = (Blocks("transformer_blocks"), Blocks("single_transformer_blocks"))
+_STREAM = (Blocks("transformer_blocks", inside=halves()),)
+_DOUBLE = Blocks("transformer_blocks", inside=JOINT)
+_PARALLEL = (Half(("attn", "mlp"), (Child("attn"),)),)  # one module is both
+_QWEN = (Half(("attn",), (Child("attn", 2),)), Half(("mlp",), (Child("img_mlp"), Child("txt_mlp"))))
+_LUMINA = (Half(("attn",), (Child("attn"),)), Half(("mlp",), (Child("feed_forward"),)))
 _UNET = (
-    Blocks("down_blocks", DOWN, kind="down"),
-    Blocks("mid_block", CROSS, kind="mid"),
-    Blocks("up_blocks", UP, kind="up"),
+    Blocks("down_blocks", DOWN, kind="down", inside=NESTED),
+    Blocks("mid_block", CROSS, kind="mid", inside=NESTED),
+    Blocks("up_blocks", UP, kind="up", inside=NESTED),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -244,10 +293,10 @@ FAMILIES: dict[str, Family] = {
             float32="the embedding of the timestep",
         ),
         Family("PixArtTransformer2DModel", _STREAM, _square, _patches, "eps"),
-        Family("SD3Transformer2DModel", _STREAM, _square, _patches, float32="variances of RMS norms"),
+        Family("SD3Transformer2DModel", (_DOUBLE,), _square, _patches, float32="variances of RMS norms"),
         Family(
             denoiser="FluxTransformer2DModel",
-            blocks=_TWO_STREAMS,
+            blocks=(_DOUBLE, Blocks("single_transformer_blocks", inside=beside(Child("attn")))),
             latent=_packed,
             patch=lambda config: (2, 2),
             layout="tokens",
@@ -262,7 +311,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="Flux2Transformer2DModel",
-            blocks=(Blocks("transformer_blocks"), Blocks("single_transformer_blocks", text=_text_ahead)),
+            blocks=(_DOUBLE, Blocks("single_transformer_blocks", text=_text_ahead, inside=_PARALLEL)),
             latent=lambda config: (config.out_channels or config.in_channels, 64, 64),
             patch=lambda config: (1, 1),
             layout="tokens",
@@ -270,7 +319,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="QwenImageTransformer2DModel",
-            blocks=_STREAM,
+            blocks=(Blocks("transformer_blocks", inside=_QWEN),),
             latent=lambda config: (config.in_channels // 4, 128, 128),
             patch=lambda config: (2, 2),
             layout="tokens",
@@ -278,7 +327,10 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="Lumina2Transformer2DModel",
-            blocks=(Blocks("noise_refiner", ALONE), Blocks("layers", ALONE, text=_caption_ahead)),
+            blocks=(
+                Blocks("noise_refiner", ALONE, inside=_LUMINA),
+                Blocks("layers", ALONE, text=_caption_ahead, inside=_LUMINA),
+            ),
             latent=_square,
             patch=_patches,
             sign=-1.0,
@@ -287,16 +339,30 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="SanaTransformer2DModel",
-            blocks=(Blocks("transformer_blocks", CROSS),),
+            blocks=(Blocks("transformer_blocks", CROSS, inside=halves()),),
             latent=_square,
             patch=_patches,
             float32="linear attention",
         ),
-        Family("HunyuanDiT2DModel", (Blocks("blocks", LONG_SKIP),), _square, _patches, "v", float32="layer norms"),
-        Family("CogVideoXTransformer3DModel", _STREAM, _clip, _cubes, "v", layout="frames"),
+        Family(
+            denoiser="HunyuanDiT2DModel",
+            blocks=(Blocks("blocks", LONG_SKIP, inside=halves(), mirrored=True),),
+            latent=_square,
+            patch=_patches,
+            prediction="v",
+            float32="layer norms",
+        ),
+        Family(
+            denoiser="CogVideoXTransformer3DModel",
+            blocks=(Blocks("transformer_blocks", inside=halves(streams=2)),),
+            latent=_clip,
+            patch=_cubes,
+            prediction="v",
+            layout="frames",
+        ),
         Family(
             denoiser="WanTransformer3DModel",
-            blocks=(Blocks("blocks"),),
+            blocks=(Blocks("blocks", inside=halves(mlp="ffn")),),
             latent=_frames(21, 60, 104),
             patch=lambda config: tuple(config.patch_size),
             float32="norms, modulation, residuals",
@@ -311,7 +377,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="HunyuanVideoTransformer3DModel",
-            blocks=_TWO_STREAMS,
+            blocks=(_DOUBLE, Blocks("single_transformer_blocks", inside=beside(Child("attn", 2)))),
             latent=_frames(33, 90, 160),
             patch=_cubes,
             float32="variances of RMS norms, rotary embeddings",

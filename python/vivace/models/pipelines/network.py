@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,12 @@ from torch import Tensor
 from vivace.engine.bind import ModelSpec
 from vivace.engine.compiled import Compiler, Evaluation
 from vivace.engine.denoiser import Piece, Replayable, predictions, samples_of
+from vivace.engine.kept import Seen, Turn, split
 from vivace.engine.plan import Variant
 from vivace.errors import ShapeError, UnsupportedError
+from vivace.models.caching.foreign import Cached, Keeper
+from vivace.models.caching.foreign_looks import Look, check_metric, metrics_of, resumed, states_of
+from vivace.models.caching.looks import going_on
 from vivace.models.pipelines.capture import argument_names
 from vivace.models.pipelines.conditions import Condition, Inputs, fill, hollow, parts
 from vivace.models.quantized.layers import forward_at
@@ -21,6 +27,9 @@ from vivace.models.quantized.stand_in import StandIns
 from vivace.models.versions import held
 
 GROUP = "timestep group"  # input of a piece whose layers have activation scales by time
+
+Rows = Sequence[tuple[str, int]]  # of a forward: branch and position of the sample
+Runner = Callable[[Any, Rows], Callable[..., Any]]  # (network, rows of a forward) -> what runs them
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +70,116 @@ class NetworkDenoiser:
         self.stand_ins = StandIns()
         self.models = tuple(self.networks)
         self.device, self.dtype = device, next(iter(networks.values())).dtype
+        self._parts: dict[int, Cached] = {}
+        self.sites, self.metrics = self._offers()
         self._options = {} if "return_dict" not in argument_names(networks["main"]) else {"return_dict": False}
 
     def evaluate(
-        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Condition], variant: Variant
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        conditions: Sequence[Condition],
+        variant: Variant,
+        turns: Sequence[Turn] = (),
+        resume: Seen | None = None,
     ) -> tuple[Tensor, ...]:
-        """One prediction [n, ...] per branch; samples and branches with arguments of equal shapes share a forward."""
+        """One prediction [n, ...] per branch; samples and branches with arguments of equal shapes share a forward.
+
+        turns: what is kept and what is given again; branches that do not the same with the caches run apart.
+        """
+        found: dict[str, Tensor] = {}
+        for branches, mine in split(variant.branches, turns):
+            seen = going_on(resume, mine)
+            runner = partial(self._cached, turns=mine, seen=seen) if mine or seen is not None else None
+            outs = self._run(x, timesteps, conditions, replace(variant, branches=branches), runner)
+            found |= zip(branches, outs, strict=True)
+        return tuple(found[branch] for branch in variant.branches)
+
+    def why_not_kept(self, site: str, blocks: tuple[int, int]) -> str | None:
+        """Why a site of `sites` cannot be kept or given again in these blocks; None when it can."""
+        found = (self.cached(network).lacks(site, blocks) for network in self.networks.values())
+        return next((reason for reason in found if reason is not None), None)
+
+    def look(
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        conditions: Sequence[Condition],
+        variant: Variant,
+        metric: str,
+        params: Sequence[float],
+    ) -> Seen:
+        """The first blocks alone, as far as a guard's metric needs them. Raises UnsupportedError for another metric."""
+        looks: list[tuple[Rows, Look]] = []
+
+        def runner(network: Any, rows: Rows) -> Callable[..., Any]:
+            cached = self.cached(network)
+            check_metric(cached, metric)
+            looks.append((rows, Look(cached, rows, metric, params)))
+            return partial(cached.parts.forward, looks[-1][1])
+
+        self._run(x, timesteps, conditions, variant, runner)
+        signals: dict[tuple[str, int], Tensor] = {}
+        states: list[dict[str, dict[int, Tensor]]] = [{} for _ in range(len(x))]
+        for rows, look in looks:
+            assert look.signal is not None, "a look measures"
+            signals |= zip(rows, look.signal, strict=True)
+            states_of(look.held, rows, states)
+        by_branch = [torch.stack([signals[branch, n] for n in range(len(x))]) for branch in variant.branches]
+        samples = tuple(range(len(x)))
+        return Seen(torch.stack(by_branch), variant.branches, looks[0][1].block, states, samples)
+
+    def _run(
+        self,
+        x: Tensor,
+        timesteps: Sequence[float],
+        conditions: Sequence[Condition],
+        variant: Variant,
+        runner: Runner | None,
+    ) -> tuple[Tensor, ...]:
+        """Predictions by branch of forwards by `runner`, the networks themselves without one."""
         lanes = tuple(range(len(x)))
         call = Evaluation(x, lanes, lanes, tuple(timesteps), tuple(conditions), (None,) * len(lanes))
         # what a module keeps of a forward stays an ordinary tensor
         with torch.inference_mode(False), torch.no_grad(), forward_at(timesteps):
-            pieces = self.stage(call, variant)
+            pieces = self.stage(call, variant, runner=runner)
             results = [piece.forward(self._joined(piece.inputs)) for piece in pieces]
             return predictions(pieces, results, len(variant.branches), len(lanes))
+
+    def _cached(self, network: Any, rows: Rows, turns: Sequence[Turn], seen: Seen | None) -> Callable[..., Any]:
+        """A forward that keeps and gives what its turns say, from where a look ended."""
+        cached = self.cached(network)
+        keeper = Keeper(cached.parts, cached.wiring, turns, rows)
+        if seen is not None:
+            resumed(keeper, [seen.states[sample] for sample in seen.samples], seen.block, rows)
+        return partial(cached.parts.forward, keeper)
+
+    def cached(self, network: Any) -> Cached:
+        """What caches need of a network or of a stand-in of one."""
+        if id(network) not in self._parts or self._parts[id(network)].parts.module is not network:
+            self._parts[id(network)] = Cached(network)
+        return self._parts[id(network)]
 
     def compiler(self) -> Compiler | Replayable:
         """Itself on CUDA, where graphs replay it. Raises UnsupportedError with the reason."""
         from vivace.models.compiled.foreign import foreign_compiler
 
         return foreign_compiler(self)
+
+    def _offers(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Sites that rows can keep, and metrics of looks, in every network; none where blocks cannot be reached."""
+        try:
+            found = [self.cached(network) for network in self.networks.values()]
+        except UnsupportedError:  # of no known family, or compiled: whole forwards run all the same
+            return frozenset(), frozenset()
+        sites, metrics = [each.sites for each in found], [metrics_of(each) for each in found]
+        return frozenset.intersection(*sites), frozenset.intersection(*metrics)
+
+    def replayable(self) -> NetworkDenoiser:
+        """The same for graphs: caches read lanes of the request, so that rows with them run without."""
+        made = copy.copy(self)
+        made.sites = made.metrics = frozenset()
+        return made
 
     @property
     def precisions(self) -> frozenset[str]:
@@ -97,9 +197,10 @@ class NetworkDenoiser:
             return f"there is no network {variant.model!r}"
         try:
             self.stand_ins.of(self.networks[variant.model], variant)
+            speaks = any(rule.action is not None for rule in variant.rules)
+            return self.cached(self.networks[variant.model]).why_not(variant) if speaks else None
         except UnsupportedError as error:
             return str(error)
-        return None
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Condition) -> None:
         """Nothing: what a network of diffusers does with its conditions happens in its forward."""
@@ -113,10 +214,17 @@ class NetworkDenoiser:
         """Which classes run."""
         return {"networks": [type(network).__name__ for network in self.networks.values()]}
 
-    def stage(self, call: Evaluation, variant: Variant, bucket: Callable[[int], int] = int) -> tuple[Piece, ...]:
+    def stage(
+        self,
+        call: Evaluation,
+        variant: Variant,
+        bucket: Callable[[int], int] = int,
+        runner: Runner | None = None,
+    ) -> tuple[Piece, ...]:
         """One piece for the rows (sample and branch) whose arguments have equal shapes, filled up to its bucket.
 
-        Where layers have activation scales by time, also one for each group of timesteps.
+        Where layers have activation scales by time, also one for each group of timesteps. runner: makes what runs a
+        forward, where it is not the network itself.
         """
         if variant.model not in self.networks:
             raise UnsupportedError(f"denoiser: no network {variant.model!r}; there are {', '.join(self.networks)}")
@@ -140,7 +248,8 @@ class NetworkDenoiser:
             if group is not None:
                 tensors[GROUP] = (_sendable(torch.tensor([group]), call.x.device),)
             key = (variant.model, id(network), size, tuple(call.x.shape[1:]), call.x.dtype, signature)
-            forward = self._forward(network, inputs[positions[0]])
+            rows = [(branch, n) for n, branch in (wanted[position] for position in filled)]
+            forward = self._forward(network if runner is None else runner(network, rows), inputs[positions[0]], network)
             pieces.append(Piece(key, tensors, forward, (*positions, *[-1] * (size - len(positions)))))
         return tuple(pieces)
 
@@ -148,14 +257,14 @@ class NetworkDenoiser:
         """The inputs of a piece as tensors of their own on the device."""
         return {name: torch.cat(values).to(self.device) for name, values in inputs.items()}
 
-    def _forward(self, network: Any, row: Inputs) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    def _forward(self, run: Callable[..., Any], row: Inputs, network: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """Predictions [rows, ...] from the tensors of a batch whose other arguments are those of `row`."""
         manner, tree, options = self.manner, hollow(row), self._options
 
         def forward(tensors: Mapping[str, Tensor]) -> Tensor:
             latent, times = tensors[manner.latent], manner.spread(tensors[manner.time])
             with torch.inference_mode(False), torch.no_grad(), forward_at(groups=tensors.get(GROUP)):
-                out = network(**fill(tree, tensors), **{manner.latent: latent, manner.time: times}, **options)
+                out = run(**fill(tree, tensors), **{manner.latent: latent, manner.time: times}, **options)
                 return _prediction(out, latent, type(network).__name__, manner.sign)
 
         return forward

@@ -18,6 +18,7 @@ from vivace.engine.passes import apply_experts
 from vivace.engine.plan import Plan, Recipe, Step
 from vivace.engine.planning import apply_passes, replan
 from vivace.errors import ArgumentError, UnsupportedError
+from vivace.models.pipelines.cached import gives_again
 from vivace.models.pipelines.calls import CallStyle, runs_uncond
 
 _EXTRAS = ("guidance_rescale", "use_dynamic_cfg", "pag_scale", "skip_guidance_layers")
@@ -190,6 +191,8 @@ class Planner:
         """Why the pipeline and its scheduler do not compute exactly what `plan` says; None when they do."""
         if not self.own:
             return "asked for by arithmetic='plan'"
+        if gives_again(plan):
+            return "the plan gives kept values again"
         if plan.recipe is None or _rows(plan) != _rows(apply_passes(replace(own, recipe=_bare(own)), plan.recipe)):
             return "the plan differs from what the pipeline's scheduler does"
         if self.silent:

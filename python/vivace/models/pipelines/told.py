@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from vivace import __version__
-from vivace.engine.receipt import KernelUse, Receipt, RowRecord, peak_memory
+from vivace.engine.receipt import CACHING, KernelUse, Receipt, RowRecord, peak_memory
 from vivace.errors import StateError
 from vivace.models.pipelines.run import Run
 
@@ -19,7 +20,7 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
     if effective is None:
         raise StateError(f"{type(pipeline).__name__} never asked its scheduler for timesteps; it cannot be accelerated")
     plan, device = effective.plan, run.device
-    both = effective.silent and run.guided
+    both, caches = effective.silent and run.guided, None if run.driven is None else run.driven.caches
     branches = [2 if both else len(step.branches) for step in plan.steps if step.variant is not None][run.begin :]
     return Receipt(
         plan_hash=effective.digest,
@@ -32,17 +33,48 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
         nfe=sum(row[0] > 0 for row in run.rows),
         branch_evals_planned=sum(branches),
         branch_evals=sum(row[0] for row in run.rows),
-        rows=tuple(RowRecord(i, ("cond", "uncond")[:b], run.pictures, n, s) for i, (b, n, s) in enumerate(run.rows)),
+        rows=tuple(_row(run, i, *row) for i, row in enumerate(run.rows)),
         phases={"network": sum(row[1] for row in run.rows), "solver_step": sum(row[2] for row in run.rows)},
         measured_ms=ms,
         predicted_ms=None,
         peak_memory=peak_memory(device),
         pool=0 if run.driven is None else run.driven.pool_bytes,
         kernels=_kernels(run, reports),
-        warnings=(*effective.warnings, *_cut(run, len(branches))),
+        caches=_caches(run),
+        decisions=() if caches is None or caches.watch is None else tuple(caches.watch.decisions),
+        warnings=(*effective.warnings, *_cut(run, len(branches)), *_unused(run)),
         versions={"vivace": __version__, "torch": torch.__version__},
         details=_details(run, reports),
     )
+
+
+def _row(run: Run, i: int, branches: int, network_ms: float, step_ms: float) -> RowRecord:
+    """One executed evaluation."""
+    record = RowRecord(i, ("cond", "uncond")[:branches], run.pictures, network_ms, step_ms)
+    return record if run.driven is None else replace(record, **asdict(run.driven.given[i]))
+
+
+def _caches(run: Run) -> dict[str, Any]:
+    """What the call kept and gave again; empty for a plan that does not cache."""
+    if run.driven is None or run.driven.caches is None:
+        return {}
+    given = run.driven.given
+    counts = {name: sum(getattr(row, name) for row in given) for name in ("reused", "forecast")}
+    share = sum(row.share for row in given) / max(1, len(given))
+    return run.driven.caches.told() | counts | {"computed_share": share}
+
+
+def _unused(run: Run) -> tuple[str, ...]:
+    """A warning where the plan asks for caching and no row gave a kept value."""
+    effective = run.effective
+    assert effective is not None, "a run has a plan"
+    asked = any(rule.action is not None for variant in effective.plan.variants for rule in variant.rules)
+    recipe = effective.plan.recipe
+    named = [] if recipe is None else [name for name, _ in recipe.passes if name in CACHING]
+    counts = _caches(run)
+    if not (asked or named) or counts.get("reused") or counts.get("forecast"):
+        return ()
+    return (f"caching had no effect: no row gave a kept value ({', '.join(named) or 'rules of the plan'})",)
 
 
 def _kernels(run: Run, reports: Mapping[str, Any]) -> tuple[KernelUse, ...]:

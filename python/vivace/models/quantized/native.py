@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vivace.engine.precision import BlockPrecision
+from vivace.kernels.gated_residual import gated_residual
 from vivace.models.dit import NORM_EPS, Block, DiT, Modulation
 from vivace.models.dit_config import DiTConfig
 from vivace.models.dit_files import layout
@@ -83,6 +84,14 @@ class PreciseDiT(DiT):
         """Block i on hidden states [R, N, D], in its precisions."""
         return self.precise[i](hidden, modulation.of_block(i))
 
+    def fresh(self, i: int, half: int, hidden: Tensor, modulation: Modulation) -> Tensor:
+        """As `DiT.fresh`: float32 of a half in a precision of its own."""
+        return self.precise[i].fresh(half, hidden, *modulation.of_half(i, half)[:2])
+
+    def joined(self, i: int, half: int, hidden: Tensor, modulation: Modulation, fresh: Tensor) -> Tensor:
+        """hidden + gate * fresh, to the bits of `block`."""
+        return self.precise[i].joined(half, hidden, modulation.of_half(i, half)[2], fresh)
+
     def head(self, hidden: Tensor, modulation: Modulation, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """As `DiT.head`, in the model's dtype."""
         return super().head(hidden.to(self.dtype), modulation, size)
@@ -116,44 +125,61 @@ class PreciseBlock:
         for half, precision in enumerate(self.precisions):
             shift, scale, gate = modulation[3 * half : 3 * half + 3]
             if precision is None:
-                hidden = self._plain(half, hidden, shift, scale, gate)
+                hidden = self.joined(half, hidden, gate, self.fresh(half, hidden, shift, scale))
             else:
-                dtype = FLOATS.get(precision, torch.bfloat16)
-                wide = [vector.to(torch.float32) for vector in (shift, scale, gate)]
-                hidden = (self._mlp if half else self._attention)(hidden.float(), *wide, dtype).to(hidden.dtype)
+                hidden = self._added(half, hidden, shift, scale, gate.float()).to(hidden.dtype)
         return hidden
 
-    def _plain(self, half: int, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """Half a block as the model computes it."""
+    def fresh(self, half: int, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """What a half gives before its gate."""
+        if self.precisions[half] is not None:
+            return self._added(half, hidden, shift, scale, None)
         part = self.block.mlp if half else self.block.attention
-        own = hidden.to(shift.dtype)
-        return torch.addcmul(own, gate, part(own, shift, scale)).to(hidden.dtype)
+        return part(hidden.to(shift.dtype), shift, scale)
 
-    def _attention(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    def joined(self, half: int, hidden: Tensor, gate: Tensor, fresh: Tensor) -> Tensor:
+        """hidden + gate * fresh as the half itself does it."""
+        if self.precisions[half] is None:
+            return torch.addcmul(hidden.to(gate.dtype), gate, fresh).to(hidden.dtype)
+        wide, own = hidden.float(), gate.float()
+        if isinstance(self.linears[HALVES[half][1]], QuantizedLinear):
+            return gated_residual(wide, fresh, own).to(hidden.dtype)
+        return torch.addcmul(wide, own, fresh).to(hidden.dtype)
+
+    def _added(self, half: int, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
+        """A half in its precision, float32: hidden + gate * what it gives, or without a gate that alone."""
+        dtype = FLOATS.get(self.precisions[half] or "", torch.bfloat16)
+        x = (self._mlp if half else self._attention)(hidden.float(), shift.float(), scale.float(), dtype)
+        return self._joined(HALVES[half][1], x, gate, hidden.float())
+
+    def _attention(self, hidden: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Heads side by side, as the last linear takes them."""
         rows, tokens, width = hidden.shape
         x = _normed(hidden, shift, scale, NORM_EPS)
         qkv = self._product("qkv", x, dtype).view(rows, tokens, 3, self.block.heads, width // self.block.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, tokens, width)
-        return self._joined("out", x, gate, hidden)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, tokens, width)
 
-    def _mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    def _mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inside of the MLP, as its last linear takes it."""
         x = _normed(hidden, shift, scale, self.block.mlp_eps)
         up, approximate = self.linears["up"], self.block.approximate
         if isinstance(up, QuantizedLinear):
-            x = up(x, activation=ACTIVATIONS[approximate], out_dtype=dtype)
-        else:
-            x = gelu(up(x, dtype), approximate)
-        return self._joined("down", x, gate, hidden)
+            made: Tensor = up(x, activation=ACTIVATIONS[approximate], out_dtype=dtype)
+            return made
+        return gelu(up(x, dtype), approximate)
 
     def _product(self, part: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x W^T + bias in `dtype`."""
         made: Tensor = self.linears[part](x, out_dtype=dtype)
         return made
 
-    def _joined(self, part: str, x: Tensor, gate: Tensor, hidden: Tensor) -> Tensor:
-        """hidden + gate * (x W^T + bias), float32."""
+    def _joined(self, part: str, x: Tensor, gate: Tensor | None, hidden: Tensor) -> Tensor:
+        """hidden + gate * (x W^T + bias), float32; without a gate x W^T + bias alone."""
         linear = self.linears[part]
+        if gate is None:
+            fresh: Tensor = linear(x, out_dtype=torch.float32)
+            return fresh
         if isinstance(linear, QuantizedLinear):
             joined: Tensor = linear(x, gate=gate, residual=hidden, out_dtype=torch.float32)
             return joined

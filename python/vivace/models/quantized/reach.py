@@ -26,7 +26,8 @@ ASKED = "kept high as asked"
 
 def denoiser_of(pipe: Any) -> Denoiser:
     """What sessions of a loaded model run, with the weights as they were loaded."""
-    from vivace.models.pipe import ClassDenoiser, Pipe
+    from vivace.models.class_denoiser import ClassDenoiser
+    from vivace.models.pipe import Pipe
 
     if isinstance(pipe, Pipe):
         return cast("Denoiser", ClassDenoiser(pipe.model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -80,7 +80,7 @@ class Builder:
         if own is not None:
             stand_in.__dict__["processor"] = own
         if pattern is not None:
-            stand_in.__dict__["forward"] = piece(self.ops, pattern, module, stand_in)
+            stand_in.__dict__["forward"] = Piece(self.ops, pattern, module, stand_in)
         return stand_in
 
     def _linear(self, name: str, module: Any) -> Any:
@@ -147,19 +147,24 @@ class Builder:
         return attention.PROCESSORS[class_of(plain)](plain, self.ops, self.tables)
 
 
-def piece(ops: Ops, pattern: Pattern, module: Any, stand_in: Any) -> Callable[..., Any]:
-    """The stand-in's forward: ours, or the module itself where this call needs it."""
-    run, fits = pattern.run, ready if pattern.mixed else ops.ready
+class Piece:
+    """The forward of a stand-in: ours, or the module itself where a call needs it."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, ops: Ops, pattern: Pattern, module: Any, stand_in: Any) -> None:
+        self.ops, self.pattern, self.module, self.stand_in = ops, pattern, module, stand_in
+        self._fits = ready if pattern.mixed else ops.ready
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else next(iter(kwargs.values()), None)
-        if not module.training and isinstance(hidden, torch.Tensor) and fits(hidden):
-            result = run(ops, stand_in, *args, **kwargs)
+        if not self.module.training and isinstance(hidden, torch.Tensor) and self._fits(hidden):
+            result = self.pattern.run(self.ops, self.stand_in, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return module(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
-    return call
+    def on(self, module: Any, stand_in: Any) -> Piece:
+        """The same for a module and a stand-in that have other children."""
+        return Piece(self.ops, self.pattern, module, stand_in)
 
 
 def watched(module: Any) -> str | None:
