@@ -39,7 +39,7 @@ CLASSES = range(0, 340, 17)
 SOLVERS = ("ddim", "dpmpp_2m", "unipc")
 PEERS = ("eager", "inductor", "cachedit", "onnx_runtime", "open_vino")
 SECONDS = {True: 12.0, False: 60.0}  # of timed rounds, quick or not
-LATER = ("guidance", "cache", "tokens")  # factors that this release has not
+LATER = ("guidance", "tokens")  # factors that this release has not
 RANDOM_LABELS, RANDOM_GUIDANCE, RANDOM_STEPS, TIMED_STEPS = (207, 980), 4.0, 12, 2
 
 

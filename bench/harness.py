@@ -31,7 +31,9 @@ COLUMNS = (
     "op", "backend", "case", "factor", "dtype", "ms", "compile_s", "floor_ms", "gb_per_s", "gflop_per_s",
     "percent_of_roofline", "over_eager", "over_compile", "over_onednn",
     "over_openvino", "over_default", "over_best_peer", "peak_mb",
-    "on", "guidance", "solver", "spacing", "steps", "evaluations", "nfe", "tokens", "error", "psnr", "meets",
+    "on", "guidance", "solver", "spacing", "steps", "method", "setting", "share", "shares", "time_ratio", "gap",
+    "evaluations", "nfe", "tokens", "error", "psnr", "psnr_uncached", "drift", "meets",
+    "fewer_steps", "fewer_psnr", "fewer_best_psnr", "gain_db",
     "order", "measured",
     "agree", "refused", "deviate", "model", "pictures", "spread", "difficulty", "top1", "frechet",
     "changed", "compiles", "reason",
@@ -75,6 +77,27 @@ def interleave(
     while len(times[names[0]]) < least or time.perf_counter() < end:
         for name in names:
             times[name].append(_timed(candidates[name], calls[name]))
+        names.append(names.pop(0))  # no candidate always follows the same one
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def in_turn(candidates: Mapping[str, Candidate], *, seconds: float, least: int = 3) -> dict[str, Timing]:
+    """`interleave` for calls of a tenth of a second and more: one timed call a round, one untimed before all rounds.
+
+    Untimed calls before every timed one would double the time, and are lost in calls that are this long.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for candidate in candidates.values():
+        candidate.prepare(1)
+        candidate.call()
+    names, end = list(candidates), time.perf_counter() + seconds
+    while len(times[names[0]]) < least or time.perf_counter() < end:
+        for name in names:
+            candidates[name].prepare(1)
+            time.sleep(PAUSE)
+            begin = time.perf_counter()
+            candidates[name].call()
+            times[name].append((time.perf_counter() - begin) * 1e3)
         names.append(names.pop(0))  # no candidate always follows the same one
     return {name: Timing(tuple(values)) for name, values in times.items()}
 

@@ -1,7 +1,7 @@
 """What `make bench-setup` prepares, so that a claim takes seconds: `python -m vivace.bench.prepare`.
 
-Models with random weights, exported graphs, inductor's code and converged latents; timings and errors are never kept.
-Everything is keyed by what it depends on and appears at once: stop it, run it again, and it goes on.
+Models with random weights, exported graphs, inductor's code, calibration tables and converged latents; never timings
+or errors. All is keyed by what it depends on and appears at once: stop it, run it again, and it goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vivace.bench import e2e, solvers
+from vivace.bench import caching_cases, e2e, solvers
 from vivace.bench.artefacts import Artefact, folder, megabytes
 from vivace.bench.int8_weights import int8_weights
 from vivace.bench.models import MODELS
@@ -38,6 +38,8 @@ def artefacts() -> Iterator[Artefact]:
             yield model.artefact
         if missing(CPU) is None:
             yield int8_weights(model)
+            if name == "emoji":
+                yield from (caching_cases.table_artefact(e2e.emoji_case(), base) for base in caching_cases.BASES)
         if runtime("onnx_runtime").why_not("float32") is None and everything:
             yield graphs.onnx_int8(model, "dynamic")
         if runtime("open_vino").why_not("float32") is None:

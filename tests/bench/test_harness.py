@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vivace import bench
-from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
+from vivace.bench.harness import Candidate, Claim, Timing, in_turn, interleave, ratio_of_medians, report
 from vivace.errors import ArgumentError
 
 
@@ -22,6 +22,14 @@ def test_candidates_are_interleaved_and_all_timed():
     times = interleave(candidates, seconds=0.0, least=3, warm_up=0.0)
     assert {name: len(timing.ms) for name, timing in times.items()} == {"a": 3, "b": 3}
     assert order[-1] != order[0] or len(set(order)) == 2
+
+
+def test_long_calls_take_turns_one_timed_call_a_round():
+    order, begun = [], []
+    candidates = {name: Candidate(lambda name=name: order.append(name), begun.append) for name in "abc"}
+    times = in_turn(candidates, seconds=0.0, least=2)
+    assert order == [*"abc", *"abc", *"bca"] and begun == [1] * 9
+    assert {name: len(timing.ms) for name, timing in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 @pytest.mark.parametrize(("op", "value", "holds"), [(">=", 0.9, True), (">=", 0.7, False), ("<=", 0.9, False)])

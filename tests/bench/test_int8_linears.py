@@ -7,7 +7,7 @@ from vivace.bench import int8_linears
 from vivace.errors import BackendError
 from vivace.kernels import spec
 
-pytestmark = pytest.mark.skipif(spec.missing("cpu") is not None, reason="vivace._C is not built")
+pytestmark = pytest.mark.skipif(spec.missing("cpu") is not None, reason="vivace._C is not built (make build)")
 
 
 @pytest.fixture
