@@ -119,34 +119,37 @@ class KeptMemory:
 
 
 class Kept:
-    """What one request of n pictures keeps: lanes by cell and part, the same from the first use to the end."""
+    """What one request of n pictures keeps: lanes by cell and part, the same from the first use to the end.
+
+    places: (cell, part) -> its slab and the lane of every picture.
+    """
 
     def __init__(self, memory: KeptMemory, plan: CachePlan, pictures: int) -> None:
         self.memory, self.plan, self.pictures = memory, plan, pictures
-        self._lanes: dict[tuple[Cell, int], tuple[Slab, tuple[int, ...]]] = {}
+        self.places: dict[tuple[Cell, int], tuple[Slab, tuple[int, ...]]] = {}
 
     def lanes(self, cell: Cell, part: int, shape: tuple[int, ...], like: Tensor) -> tuple[Slab, tuple[int, ...]]:
         """The slab of a cell's part and the lane of every picture, taken when first asked for.
 
         Raises RuntimeError, our bug, when a cell changes its shape within a request.
         """
-        found = self._lanes.get((cell, part))
+        found = self.places.get((cell, part))
         if found is None:
             store = self.plan.stores[cell]
             exact = torch.float64 if like.dtype == torch.float64 else torch.float32
             slab = self.memory.slab(
                 shape, self.plan.planes[cell], exact if store is None else DTYPES[store], like.device
             )
-            found = self._lanes[cell, part] = slab, slab.take(self.pictures)
+            found = self.places[cell, part] = slab, slab.take(self.pictures)
         if found[0].shape != shape:
             raise RuntimeError(f"cache {cell}: holds {found[0].shape}, a row has {shape}")
         return found
 
     def held(self, cell: Cell, part: int) -> tuple[int, ...]:
         """The shape of a cell's part. Raises RuntimeError, our bug, where nothing was kept."""
-        if (cell, part) not in self._lanes:
+        if (cell, part) not in self.places:
             raise RuntimeError(f"cache {cell}: part {part} is read, no row kept it")
-        return self._lanes[cell, part][0].shape
+        return self.places[cell, part][0].shape
 
     def reserve(self, shape: tuple[int, ...], like: Tensor) -> None:
         """Take the lanes of all cells, whose first part is of this shape."""
@@ -155,14 +158,14 @@ class Kept:
 
     def release(self) -> None:
         """Hand all lanes back."""
-        for slab, lanes in self._lanes.values():
+        for slab, lanes in self.places.values():
             slab.release(lanes)
-        self._lanes.clear()
+        self.places.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of its lanes."""
-        return sum(slab.lane_bytes * len(lanes) for slab, lanes in self._lanes.values())
+        return sum(slab.lane_bytes * len(lanes) for slab, lanes in self.places.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +211,7 @@ class Turn:
     def parts(self, branch: str) -> int:
         """How many parts of a branch's cell were kept so far."""
         cell, kept = self._cell(branch), self.samples[0].kept
-        return sum(key[0] == cell for key in kept._lanes)
+        return sum(key[0] == cell for key in kept.places)
 
     def weights(self, branch: str) -> tuple[tuple[float, ...], ...]:
         """Of every sample the weights on planes, `use.terms` of them."""

@@ -68,7 +68,7 @@ class ClassDenoiser:
         """One prediction [n, C, H, W] per branch of the variant."""
         row = x, timesteps, conditions, variant
         if not turns and resume is None:
-            return self._run(*row, variant.branches, lambda network, *inputs: network(*inputs))
+            return self.run_with(*row, variant.branches, lambda network, *inputs: network(*inputs))
         from vivace.engine.kept import split
         from vivace.models.caching.native import predict
 
@@ -77,7 +77,7 @@ class ClassDenoiser:
             forward = partial(predict, branches=names, turns=mine)
             if seen is not None:
                 forward = partial(forward, hidden=states_of(seen, names), block=seen.block)
-            made.update(zip(names, self._run(*row, names, forward), strict=True))
+            made.update(zip(names, self.run_with(*row, names, forward), strict=True))
         return tuple(made[branch] for branch in variant.branches)
 
     def why_not_kept(self, site: str, blocks: tuple[int, int]) -> None:
@@ -96,10 +96,10 @@ class ClassDenoiser:
         from vivace.models.caching.native import look
 
         forward = partial(look, branches=variant.branches, metric=metric, params=params)
-        seen: Seen = self._run(x, timesteps, conditions, variant, variant.branches, forward)
+        seen: Seen = self.run_with(x, timesteps, conditions, variant, variant.branches, forward)
         return seen
 
-    def _run(
+    def run_with(
         self,
         x: Tensor,
         timesteps: Sequence[float],

@@ -288,12 +288,12 @@ def test_a_forecast_is_weights_times_planes(name):
     single = [Run.of(early, (keep(blocks, site),), (reuse(blocks, site),)) for _ in range(2)]
     single[0].row(0)
     single[1].row(0, late)
-    for (cell, part), (slab, _) in run.kept._lanes.items():
-        old, new = ({k: v for k, v in s.kept._lanes.items() if k[1] == part} for s in single)
+    for (cell, part), (slab, _) in run.kept.places.items():
+        old, new = ({k: v for k, v in s.kept.places.items() if k[1] == part} for s in single)
         before, after = (next(iter(v.values()))[0].values[:, 0] for v in (old, new))
         assert torch.equal(slab.values[:, 0], after) and torch.equal(slab.values[:, 1], after - before), (cell, part)
         wanted = slab.values[:, 0] - -1.0 * slab.values[:, 1]
-        single[1].kept._lanes[next(iter(new))][0].values[:, 0] = wanted
+        single[1].kept.places[next(iter(new))][0].values[:, 0] = wanted
     assert torch.equal(run.row(2, third), single[1].row(1, third))
 
 

@@ -116,7 +116,7 @@ def _tokens(tape: Tape, places: tuple[Place, ...], branch: str) -> Tensor:
     """The residual of the image's stream [n, ..., width]."""
     kept = tape.kept[places]
     cell = next(cell for cell in kept.plan.planes if cell.site == TRUNK and cell.branch == branch)
-    slab, lanes = kept._lanes[cell, 0]
+    slab, lanes = kept.places[cell, 0]
     return slab.values[list(lanes), 0].float()
 
 

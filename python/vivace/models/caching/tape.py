@@ -59,7 +59,7 @@ class Tape:
         """What a place gave, float32 [n, all its parts]."""
         kept = self.kept[places]
         cell = _cell(self.variant, place, branch)
-        found = [(part, *held) for (known, part), held in kept._lanes.items() if known == cell]
+        found = [(part, *held) for (known, part), held in kept.places.items() if known == cell]
         parts = [slab.values[list(lanes), 0].flatten(1) for _, slab, lanes in sorted(found, key=lambda item: item[0])]
         return torch.cat(parts, 1).float()
 
@@ -98,7 +98,7 @@ def slope(denoiser: Denoiser, tape: Tape, other: Tape, places: tuple[Place, ...]
 def _blended(denoiser: Denoiser, tape: Tape, other: Tape, places: tuple[Place, ...], step: float) -> tuple[Tensor, ...]:
     """Predictions of the row of `tape` at values on the way to those of `other`."""
     kept, given = tape.kept[places], other.kept[places]
-    assert kept._lanes.keys() == given._lanes.keys(), "rows of the same branches keep the same cells"
+    assert kept.places.keys() == given.places.keys(), "rows of the same branches keep the same cells"
     own = {key: slab.values for key, slab in kept.memory.slabs.items()}
     try:
         for key, slab in kept.memory.slabs.items():
@@ -140,7 +140,7 @@ def _graphs(denoiser: Denoiser, tape: Tape) -> list[tuple[Tensor, Tensor, list[t
                 out = torch.cat(network(leaf, t, labels))
             made.append((leaf, out, [(b, n) for b in range(len(names)) for n in range(len(x))]))
 
-        denoiser._run(tape.x, tape.timesteps, tape.conditions, tape.variant, names, whole)
+        denoiser.run_with(tape.x, tape.timesteps, tape.conditions, tape.variant, names, whole)
         return made
     assert isinstance(denoiser, NetworkDenoiser)
     latent = denoiser.manner.latent
@@ -158,7 +158,7 @@ def _graphs(denoiser: Denoiser, tape: Tape) -> list[tuple[Tensor, Tensor, list[t
 
         return run
 
-    denoiser._run(tape.x, tape.timesteps, tape.conditions, tape.variant, runner)
+    denoiser.run_with(tape.x, tape.timesteps, tape.conditions, tape.variant, runner)
     return made
 
 

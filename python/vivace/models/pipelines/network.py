@@ -91,7 +91,7 @@ class NetworkDenoiser:
         for branches, mine in split(variant.branches, turns):
             seen = going_on(resume, mine)
             runner = partial(self._cached, turns=mine, seen=seen) if mine or seen is not None else None
-            outs = self._run(x, timesteps, conditions, replace(variant, branches=branches), runner)
+            outs = self.run_with(x, timesteps, conditions, replace(variant, branches=branches), runner)
             found |= zip(branches, outs, strict=True)
         return tuple(found[branch] for branch in variant.branches)
 
@@ -118,7 +118,7 @@ class NetworkDenoiser:
             looks.append((rows, Look(cached, rows, metric, params)))
             return partial(cached.parts.forward, looks[-1][1])
 
-        self._run(x, timesteps, conditions, variant, runner)
+        self.run_with(x, timesteps, conditions, variant, runner)
         signals: dict[tuple[str, int], Tensor] = {}
         states: list[dict[str, dict[int, Tensor]]] = [{} for _ in range(len(x))]
         for rows, look in looks:
@@ -129,7 +129,7 @@ class NetworkDenoiser:
         samples = tuple(range(len(x)))
         return Seen(torch.stack(by_branch), variant.branches, looks[0][1].block, states, samples)
 
-    def _run(
+    def run_with(
         self,
         x: Tensor,
         timesteps: Sequence[float],
