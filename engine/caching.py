@@ -130,6 +130,17 @@ def cache_bytes(plan: Plan) -> int | None:
     return found.bytes(binding.tokens, binding.width)
 
 
+def free_of_x(variant: Variant, uses: Sequence[RowUse]) -> bool:
+    """A row reads nothing of its latent: what leaves the first blocks is given again, in every branch, and none keeps.
+
+    Then its prediction follows from its timestep alone, and rows in a row can be evaluated together (Li et al. 2023,
+    Faster Diffusion, section 3.2).
+    """
+    first = [item.use for item in uses if item.use.reads and item.use.site == "block" and item.use.blocks[0] == 0]
+    given = {branch for use in first for branch in use.branches}
+    return given >= set(variant.branches) and all(item.use.reads for item in uses)
+
+
 def computed_share(plan: Plan, costs: Sequence[tuple[str, float]] = ()) -> float:
     """Share of the plan's work that is computed, by the cost of sites; 1 without caches.
 

@@ -7,7 +7,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vivace.engine.caching import RowUse
+import torch
+from torch import Tensor
+
+from vivace.engine.caching import RowUse, free_of_x
 from vivace.engine.executors import Group, KernelRows
 from vivace.engine.guards import watched
 from vivace.engine.kept import Sample, Seen, Turn
@@ -36,7 +39,8 @@ class Part:
     def key(self) -> Hashable:
         """Parts of equal keys run together."""
         structure = tuple([item.use for item in self.uses])
-        return id(self.state.pool), self.variant, structure, self.outs, id(self.seen)
+        made = self.row in self.state.ahead
+        return id(self.state.pool), self.variant, structure, self.outs, id(self.seen), made
 
     @property
     def outs(self) -> tuple[str, ...]:
@@ -118,6 +122,39 @@ def grouped(parts: Sequence[Part]) -> list[list[Part]]:
     return list(groups.values())
 
 
+def ahead(part: Part) -> list[Part]:
+    """The rows from a part's on that can be evaluated together with it: they read nothing of x and do the same."""
+    state, rows = part.state, [part]
+    if part.variant is None or state.watch is not None or not free_of_x(part.variant, part.uses):
+        return rows
+    for row in range(part.row + 1, len(state.plan.steps)):
+        following = replace(part, row=row, variant=state.plan.steps[row].variant, uses=state.caches.rows[row].uses)
+        if state.plan.steps[row].net_inputs or following.key != part.key:
+            break
+        rows.append(following)
+    return rows
+
+
+def evaluated_ahead(parts: Sequence[Part], predict: Callable[[Sequence[Part]], tuple[Tensor, ...]]) -> None:
+    """Leave with the states of parts of one key the predictions of all rows that read nothing of x, if several do."""
+    together = [following for part in parts for following in ahead(part)]
+    if len(together) == len(parts) or parts[0].row in parts[0].state.ahead:
+        return
+    outs, first = predict(together), 0
+    for part in together:
+        last = first + len(part.pictures)
+        part.state.ahead[part.row] = tuple(out[first:last].clone() for out in outs)
+        first = last
+
+
+def _given(parts: Sequence[Part]) -> tuple[Tensor, ...] | None:
+    """Predictions made ahead, taken from the states; None where there are none."""
+    if parts[0].row not in parts[0].state.ahead:
+        return None
+    made = [part.state.ahead.pop(part.row) for part in parts]
+    return made[0] if len(made) == 1 else tuple(torch.cat(outs) for outs in zip(*made, strict=True))
+
+
 def group_of(parts: Sequence[Part]) -> Group:
     """What an executor runs for parts of one key."""
     first = parts[0]
@@ -136,6 +173,7 @@ def group_of(parts: Sequence[Part]) -> Group:
         first.row,
         [],
         first.outs,
+        _given(parts),
         _turns(parts) if first.uses else (),
         None if first.seen is None else first.seen.pick([place for part in parts for place in part.places]),
     )

@@ -65,7 +65,8 @@ class Request:
 class State:
     """A request under way. `row`: rows done; `done`: all of them; all it owns are lanes of `pool` and of `kept`.
 
-    caches: what its rows keep and give again; watch: what its guards remember, None without guards.
+    caches: what its rows keep and give again; watch: what its guards remember, None without guards; ahead: predictions
+    of rows to come, by row, that read nothing of x.
     """
 
     request: Request
@@ -81,6 +82,7 @@ class State:
     hoisted: Hoisted | None = None
     kept: Kept | None = None
     watch: Watch | None = None
+    ahead: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     row: int = 0
     closed: str = ""
     records: list[Any] = field(default_factory=list)

@@ -16,7 +16,7 @@ from torch import Tensor
 from vivace.engine.caching import CachePlan, caches
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Executor
-from vivace.engine.grouping import Part, chosen, group_of, grouped
+from vivace.engine.grouping import Part, chosen, evaluated_ahead, group_of, grouped
 from vivace.engine.guards import Watch
 from vivace.engine.kept import Kept, KeptMemory, Seen
 from vivace.engine.lower import Given, lower_plan
@@ -148,6 +148,7 @@ class Session:
             left = Counter(id(part.state) for part in parts)  # groups that a state's pictures are still to run in
             try:
                 for group in grouped(parts):
+                    evaluated_ahead(group, self._predict)
                     self._launch(group)
                     left.subtract(id(part.state) for part in group)
                     for state in {id(part.state): part.state for part in group if not left[id(part.state)]}.values():
@@ -242,6 +243,16 @@ class Session:
         self.executor.run(group, pool, self.timeline)
         for part in parts:
             part.state.records.extend([(name, part.row, *rest) for name, _, *rest in group.records])
+
+    def _predict(self, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+        """Predictions of rows that are evaluated before their turn; the time is that of the first."""
+        group, pool = group_of(parts), parts[0].state.pool
+        with self.timeline.span(group.records, "network", group.row, len(group.lanes)):
+            outs = self.executor.predict(group, pool)
+        now = {id(part.state): part for part in reversed(parts)}
+        for part in now.values():
+            part.state.records.extend([(name, part.row, *rest) for name, _, *rest in group.records])
+        return outs
 
     def _look(self, parts: Sequence[Part], metric: str, params: Sequence[float]) -> Seen:
         """The first blocks of parts that share structure, for their guards."""

@@ -36,8 +36,8 @@ class Group:
 
     rows: of each sample's plan; hoisted: what left the loop of its request, None where nothing did; kernel_rows: what
     this plan row launches after the network, in order; row: of the first sample, for the timeline. outs: branches of
-    the row's out slots, of which the variant runs some; turns: what is kept and given again; resume: where a look at
-    the first blocks ended.
+    the row's out slots, of which the variant runs some; given: their predictions, where they were made ahead; turns:
+    what is kept and given again; resume: where a look at the first blocks ended.
     """
 
     variant: Variant | None
@@ -52,6 +52,7 @@ class Group:
     row: int
     records: list[Any]
     outs: tuple[str, ...] = ()
+    given: tuple[Tensor, ...] | None = None
     turns: tuple[Turn, ...] = ()
     resume: Seen | None = None
 
@@ -81,6 +82,10 @@ class Executor(Protocol):
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
         """Evaluate the network for the group, then do its fused steps, writing the pool in place."""
+        ...
+
+    def predict(self, group: Group, pool: Pool) -> tuple[Tensor, ...]:
+        """The network alone, for a group: one prediction [n, ...] an out slot, valid until the next call."""
         ...
 
     def evaluate(

@@ -17,7 +17,7 @@ from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Group
 from vivace.engine.executors.eager import check_compiled
 from vivace.engine.executors.hoists import Kept
-from vivace.engine.executors.steps import by_branches, evaluation, finish_rows, step_kernels
+from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
 from vivace.engine.kept import Seen
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
@@ -53,13 +53,11 @@ class CpuExecutor:
         return self._hoists.of_plan(plan, condition)
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
-        outs: tuple[Tensor, ...] = ()
-        if group.variant is not None:
-            with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                call = evaluation(group, pool.net, group.lanes)
-                outs = by_branches(group, call, lambda part, variant: self._run(part, variant, pool.shape))
-        with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
-            finish_rows(group, pool, outs)
+        run_rows(group, pool, timeline, self.predict)
+
+    def predict(self, group: Group, pool: Pool) -> tuple[Tensor, ...]:
+        call = evaluation(group, pool.net, group.lanes)
+        return by_branches(group, call, lambda part, variant: self._run(part, variant, pool.shape))
 
     def evaluate(
         self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant

@@ -21,7 +21,7 @@ from vivace.engine.executors import Group
 from vivace.engine.executors.eager import check_compiled, looked
 from vivace.engine.executors.graphs import CudaGraphs, Graph, Graphs, Unrecorded
 from vivace.engine.executors.hoists import Kept
-from vivace.engine.executors.steps import by_branches, evaluation, finish_rows, step_kernels
+from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
 from vivace.engine.kept import Seen
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
@@ -99,13 +99,11 @@ class CudaGraphExecutor:
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
         """Copy a row's numbers in, replay its pieces, then the fused steps; nothing waits for the device."""
-        outs: tuple[Tensor, ...] = ()
-        if group.variant is not None:
-            with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                call = evaluation(group, pool.net, group.lanes)
-                outs = by_branches(group, call, self._network)
-        with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
-            finish_rows(group, pool, outs)
+        run_rows(group, pool, timeline, self.predict)
+
+    def predict(self, group: Group, pool: Pool) -> tuple[Tensor, ...]:
+        """Predictions by out slot, valid until the next call."""
+        return by_branches(group, evaluation(group, pool.net, group.lanes), self._network)
 
     def evaluate(
         self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant

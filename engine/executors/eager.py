@@ -12,7 +12,7 @@ from torch import Tensor
 from vivace.engine.compiled import Compiler, Evaluation
 from vivace.engine.denoiser import Denoiser, Replayable
 from vivace.engine.executors import Group
-from vivace.engine.executors.steps import by_branches, evaluation, finish_rows, step_kernels
+from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
 from vivace.engine.kept import Seen
 from vivace.engine.plan import Action, Binding, Plan, Variant
 from vivace.engine.pool import Pool
@@ -42,12 +42,10 @@ class EagerExecutor:
         """Nothing leaves the loop."""
 
     def run(self, group: Group, pool: Pool, timeline: Timeline) -> None:
-        outs: tuple[Tensor, ...] = ()
-        if group.variant is not None:
-            with timeline.span(group.records, "network", group.row, len(group.lanes)):
-                outs = by_branches(group, self._group(group, pool), self._evaluate)
-        with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
-            finish_rows(group, pool, outs)
+        run_rows(group, pool, timeline, self.predict)
+
+    def predict(self, group: Group, pool: Pool) -> tuple[Tensor, ...]:
+        return by_branches(group, self._group(group, pool), self._evaluate)
 
     def evaluate(
         self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Any], variant: Variant

@@ -14,7 +14,7 @@ from vivace.engine.executors import Group
 from vivace.engine.kept import split
 from vivace.engine.plan import Variant
 from vivace.engine.pool import Pool
-from vivace.engine.receipt import KernelUse
+from vivace.engine.receipt import KernelUse, Timeline
 from vivace.kernels.sample_adjust import SPEC as ADJUST
 from vivace.kernels.sample_adjust import sample_adjust
 from vivace.kernels.solver_step import SPEC as STEP
@@ -47,6 +47,18 @@ def by_branches(
             outs = run(replace(call, turns=turns), replace(variant, branches=branches))
             found |= zip(branches, [out.clone() for out in outs], strict=True)
     return tuple(found.get(branch, found["cond"]) for branch in group.outs or variant.branches)
+
+
+def run_rows(
+    group: Group, pool: Pool, timeline: Timeline, predict: Callable[[Group, Pool], tuple[Tensor, ...]]
+) -> None:
+    """A row of a group: its predictions, by `predict` unless they are there already, then its fused steps."""
+    outs: tuple[Tensor, ...] = ()
+    if group.variant is not None:
+        with timeline.span(group.records, "network", group.row, len(group.lanes)):
+            outs = predict(group, pool) if group.given is None else group.given
+    with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
+        finish_rows(group, pool, outs)
 
 
 def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:

@@ -273,6 +273,51 @@ def test_a_row_that_fails_for_some_pictures_closes_the_request():
         assert one.kept.idle
 
 
+# --- rows that read nothing of x ----------------------------------------------------------------------------------
+def propagated(plan, keys, blocks=(0, 2)):
+    """What leaves the first blocks is computed in the rows of `keys`, and given again in the others."""
+    keep, read = (Rule(blocks, "block", action=action) for action in (KEEP, REUSE))
+    for i, step in enumerate(plan.steps):
+        plan = edit(plan, i, variant=replace(step.variant, rules=(keep if i in keys else read,)))
+    return vivace.verify(plan)
+
+
+def test_rows_that_read_nothing_of_x_are_evaluated_together():
+    result, toy = run(propagated(base(7), (0, 1, 4)))
+    sizes = [size for size, _ in toy.calls[-5:]]
+    assert sizes == [1, 1, 2, 1, 2]  # rows 0, 1, 2 with 3, 4, 5 with 6
+    assert [row.branches for row in result.receipt.rows] == [("cond", "uncond")] * 7
+    assert result.receipt.nfe == 7
+
+
+def test_rows_evaluated_together_have_the_bits_of_rows_one_by_one():
+    plan = propagated(base(7), (0, 1, 4))
+    together = session(plan, toy=Blocky())("red", n=2).latents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vivace.engine.grouping.free_of_x", lambda variant, uses: False)
+        toy = Blocky()
+        alone = session(plan, toy=toy, probed=False)("red", n=2).latents
+        assert [size for size, _ in toy.calls] == [2] * 7
+    assert torch.equal(alone, together)
+
+
+def test_rows_evaluated_together_may_meet_requests_at_other_rows():
+    one, two = propagated(base(7), (0, 1, 4)), propagated(base(6), (0, 3))
+    both = session(one, two, toy=Blocky())
+    states = [both.begin(Request("red", one, seed=1)), both.begin(Request("blue", two, n=2, seed=2))]
+    both.step(states[:1])
+    while not all(state.done for state in states):
+        both.step([state for state in states if not state.done])
+    found = [both.finish(state).latents for state in states]
+    assert torch.equal(found[0], session(one, toy=Blocky())("red", seed=1).latents)
+    assert torch.equal(found[1], session(two, toy=Blocky())("blue", n=2, seed=2).latents)
+
+
+def test_a_row_that_reads_x_past_the_first_blocks_is_not_evaluated_ahead():
+    _, toy = run(propagated(base(5), (0,), blocks=(1, 3)))
+    assert [size for size, _ in toy.calls[-5:]] == [1] * 5
+
+
 def test_a_plan_that_caches_states_it_on_the_receipt():
     result, _ = run(fora(base(4), 2), n=2)
     told = result.receipt.to_dict()["caches"]
