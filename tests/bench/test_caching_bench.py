@@ -129,10 +129,17 @@ def test_a_side_is_as_fast_as_its_fastest_row_of_a_level():
     assert [fastest(sides, level) for level in (30.0, 32.0, 34.0)] == [sides[0], sides[1], None]
 
 
-@pytest.mark.parametrize("setting", caches.SETTINGS, ids=lambda setting: f"{setting.method} {setting.told}")
+HERE = [setting for setting in caches.SETTINGS if caches.why_not(setting) is None]
+
+
+def test_a_library_that_is_not_here_is_named():
+    reasons = [caches.why_not(setting) for setting in caches.SETTINGS if setting not in HERE]
+    assert all(reasons)
+    assert {setting.backend for setting in caches.SETTINGS if setting not in HERE} <= {caches.CACHE_DIT}
+
+
+@pytest.mark.parametrize("setting", HERE, ids=lambda setting: f"{setting.method} {setting.told}")
 def test_every_cache_of_another_library_runs_and_forgets_between_pictures(setting):
-    if (reason := caches.why_not(setting)) is not None:
-        pytest.skip(reason)  # make bench-setup installs it
 
     def picture(call, steps=8):
         loop = scheduler(TINY.scheduler, "unipc", "linspace")
