@@ -181,12 +181,13 @@ def test_the_claim_on_the_optimal_schedule_compares_at_equal_work():
 
 
 def test_the_claim_beside_peers_is_the_least_ratio_of_its_levels(monkeypatch):
-    if (reason := caches.why_not(caches.SETTINGS[-1])) is not None:
-        pytest.skip(reason)  # make bench-setup installs it
     monkeypatch.setattr(caching_peers, "LEVELS", {True: (5.0, 6.0)})
     monkeypatch.setattr(caches, "QUICK", (0, 1, 5))
     data = bench.run("caching", claim="caching.speedup_vs_best_peer_at_equal_psnr", quick=True)
     (claim,), rows = data["claims"], data["rows"]
+    if (reason := caches.why_not(caches.SETTINGS[-1])) is not None:  # one of them is not here: nothing is measured
+        assert claim["value"] is None and reason in claim["how"]
+        return
     theirs = min(row["ms"]["median"] for row in rows if row["backend"] != "vivace")
     ours = min(row["ms"]["median"] for row in rows if row["backend"] == "vivace" and row["method"] != "none")
     assert claim["value"] == pytest.approx(theirs / ours) and len(rows) == 3 + 3 + 1
