@@ -109,8 +109,7 @@ def our_sides(case: Case, count: int, base: Base, methods: Sequence[Method], dty
             "op": "caching peers", "dtype": dtype, "guidance": case.guidance, "seed": SEED,
             "psnr": float(decibels(drawn.latents, case.converged()[:count]).mean()),
         }  # fmt: skip
-        call = lambda plan=plan: run(next(labels) % case.null, plan=plan, latents=noise)  # noqa: E731  # one line
-        sides.append(Side(columns, call))
+        sides.append(Side(columns, lambda plan=plan: run(next(labels) % case.null, plan=plan, latents=noise)))
     return sides
 
 

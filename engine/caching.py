@@ -48,17 +48,13 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One kept thing of a plan, by where it is: `block` is the block, or the one a range ends at."""
+    """One kept thing of a plan: blocks [first, last), one block for sites within a block."""
 
     model: str
     site: str
     first: int
     last: int
     branch: str
-
-    def of(self, use: Use) -> bool:
-        """It is the cell of a use."""
-        return (self.site, self.last) == (use.site, use.blocks[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +77,19 @@ class CachedRow:
 class CachePlan:
     """The caches of a plan. rows: one a step; planes, stores: of every cell that is kept.
 
-    starts: of a cell of site "block" the first block of the longest run of ranges that is read with it.
+    starts: of a cell of site "block" the first block of the longest run of ranges that is read with it. cells: by
+    (model, site, last, branch), which tells a plan's cells apart.
     """
 
     rows: tuple[CachedRow, ...]
     planes: Mapping[Cell, int] = field(default_factory=dict)
     stores: Mapping[Cell, str | None] = field(default_factory=dict)
     starts: Mapping[Cell, int] = field(default_factory=dict)
+    cells: Mapping[tuple[str, str, int, str], Cell] = field(init=False)
+
+    def __post_init__(self) -> None:
+        cells = {(cell.model, cell.site, cell.last, cell.branch): cell for cell in self.planes}
+        object.__setattr__(self, "cells", cells)
 
     def bytes(self, tokens: int, width: int) -> int:
         """Bytes of one picture whose cells hold [tokens, width] each; int8 has a float32 scale a token."""
@@ -275,20 +277,26 @@ class _Lowering:
                 wanted[cell] = before if step.guard is None else max(before, after)
                 if after:
                     self.planes[cell] = max(self.planes.get(cell, 0), after)
-            for cell, what in (*self._read(own).items(), *self._read(other).items()):
-                wanted[cell] = max(wanted.get(cell, 0), len(what.weights))
+            for said in (own, other):
+                for cell in self._read(said):
+                    wanted[cell] = max(wanted.get(cell, 0), len(said[cell].weights))
             rows.append(needed)
         return rows[::-1]
 
-    def _read(self, row: Mapping[Cell, _Said]) -> dict[Cell, _Said]:
-        """Cells that a row reads; of adjoining reused ranges of site "block" what leaves the last one alone."""
-        read = {cell: what for cell, what in row.items() if what.action in READS}
-        starts = {(cell.model, cell.branch, cell.first) for cell in read if cell.site == "block"}
-        return {
-            cell: what
-            for cell, what in read.items()
-            if cell.site != "block" or (cell.model, cell.branch, cell.last) not in starts
-        }
+    def _read(self, row: Mapping[Cell, _Said]) -> dict[Cell, int]:
+        """Cells that a row reads, and the first block given with each: of adjoining ranges of site "block" the last."""
+        read = [cell for cell, what in row.items() if what.action in READS]
+        before = {(cell.model, cell.branch, cell.last): cell for cell in read if cell.site == "block"}
+        within = {(cell.model, cell.branch, cell.first) for cell in before.values()}
+        found = {}
+        for cell in read:
+            if cell.site == "block" and (cell.model, cell.branch, cell.last) in within:
+                continue
+            first = cell
+            while cell.site == "block" and (cell.model, cell.branch, first.first) in before:
+                first = before[cell.model, cell.branch, first.first]
+            found[cell] = first.first
+        return found
 
     def _uses(self, i: int, variant: Variant | None, row: Mapping[Cell, _Said]) -> tuple[RowUse, ...]:
         """The uses of a row in the order of blocks, branches that do the same in one."""
@@ -296,14 +304,14 @@ class _Lowering:
         read = self._read(row)
         for cell, what in row.items():
             if what.action == Action.COMPUTE:
-                planes = self.needed[i].get(cell, 0) if cell in self.needed[i] else 0
+                planes = self.needed[i].get(cell, 0)
                 if not planes:
                     continue
                 blocks, made = (cell.first, cell.last), min(self.made[i][cell], planes - 1)
                 use = Use(cell.site, blocks, what.action, (), made, self.planes[cell], 0, self.stores.get(cell))
                 found.setdefault(RowUse(use), []).append(cell.branch)
             elif cell in read:
-                start = self._start(row, cell)
+                start = read[cell]
                 self.starts[cell] = min(start, self.starts.get(cell, cell.first))
                 use = Use(
                     cell.site,
@@ -318,24 +326,6 @@ class _Lowering:
                 found.setdefault(RowUse(use, plane_weights(what.weights)), []).append(cell.branch)
         uses = [RowUse(_with_branches(item.use, variant, branches), item.weights) for item, branches in found.items()]
         return tuple(sorted(uses, key=lambda item: (item.use.blocks, item.use.site, item.use.branches)))
-
-    def _start(self, row: Mapping[Cell, _Said], cell: Cell) -> int:
-        """Where the run of adjoining reused ranges of site "block" begins that ends with a cell."""
-        first = cell.first
-        while cell.site == "block":
-            before = next(
-                (
-                    other.first
-                    for other, what in row.items()
-                    if what.action in READS
-                    and (other.model, other.site, other.branch, other.last) == (cell.model, "block", cell.branch, first)
-                ),
-                None,
-            )
-            if before is None:
-                break
-            first = before
-        return first
 
 
 def _with_branches(use: Use, variant: Variant | None, branches: Sequence[str]) -> Use:

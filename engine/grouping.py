@@ -79,7 +79,8 @@ def chosen(states: Sequence[State], look: Look) -> list[Part]:
     for members in looks.values():
         guard = watched(members[0].state.plan, members[0].row)
         assert guard is not None
-        seen, first = look(members, guard.metric, guard.params), 0
+        bare = [replace(part, uses=()) for part in members]  # a look keeps nothing, whatever the rows do
+        seen, first = look(bare, guard.metric, guard.params), 0
         for part in members:
             places = tuple(range(first, first := first + len(part.pictures)))
             parts += _decided(replace(part, seen=seen, places=places), guard)

@@ -196,24 +196,20 @@ class Turn:
             like: a tensor on the device, of the dtype that is kept where the store is not said; None: float32, CPU.
         """
         like = torch.empty(0) if like is None else like
-        cell = self._cell(branch)
         found = []
         for sample in self.samples:
+            cell = self._cell(sample, branch)
             held = sample.kept.held(cell, part) if shape is None or self.use.reads else shape
             found.append(sample.kept.lanes(cell, part, held if shape is None else shape, like))
         return found[0][0], tuple(lanes[sample.picture] for (_, lanes), sample in zip(found, self.samples, strict=True))
 
     def start(self, branch: str) -> int:
         """The first block of the longest run of ranges that any sample's plan reads with a branch's cell."""
-        cell = self._cell(branch)
-        return min(sample.kept.plan.starts.get(cell, cell.first) for sample in self.samples)
+        cells = [(sample.kept.plan, self._cell(sample, branch)) for sample in self.samples]
+        return min(plan.starts.get(cell, cell.first) for plan, cell in cells)
 
-    def parts(self, branch: str) -> int:
-        """How many parts of a branch's cell were kept so far."""
-        cell, kept = self._cell(branch), self.samples[0].kept
-        return sum(key[0] == cell for key in kept.places)
-
-    def weights(self, branch: str) -> tuple[tuple[float, ...], ...]:
+    @property
+    def weights(self) -> tuple[tuple[float, ...], ...]:
         """Of every sample the weights on planes, `use.terms` of them."""
         return tuple(sample.weights for sample in self.samples)
 
@@ -221,18 +217,9 @@ class Turn:
         """The turn for some of the samples."""
         return Turn(self.use, self.model, tuple(self.samples[position] for position in positions))
 
-    def _cell(self, branch: str) -> Cell:
-        """The cell that a branch keeps or reads. Ranges of site "block" are known by their end."""
-        kept = self.samples[0].kept.plan.planes
-        first, last = self.use.blocks
-        cell = Cell(self.model, self.use.site, first, last, branch)
-        if cell in kept:
-            return cell
-        return next(
-            cell
-            for cell in kept
-            if (cell.model, cell.site, cell.last, cell.branch) == (self.model, self.use.site, last, branch)
-        )
+    def _cell(self, sample: Sample, branch: str) -> Cell:
+        """The cell that a branch keeps or reads in a sample's plan, which may cut its ranges elsewhere than others."""
+        return sample.kept.plan.cells[self.model, self.use.site, self.use.blocks[1], branch]
 
 
 def split(branches: Sequence[str], turns: Sequence[Turn]) -> list[tuple[tuple[str, ...], tuple[Turn, ...]]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vivace.engine import plan as p
+from vivace.engine.caching import RANGES, READS
 from vivace.errors import PlanError
 
 MAX_CELLS = 1 << 20  # (block, site, branch) over all cache rules of a plan
-READS = (p.Action.REUSE, p.Action.FORECAST)
-RANGES = ("block", "residual")
 EXACT = (None, "fp32")  # stores that hold differences of differences
 
 Key = tuple[str, object, str, str]  # model, block, site, branch

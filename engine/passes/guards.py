@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vivace.engine.bind import normal_form
+from vivace.engine.caching import READS
 from vivace.engine.passes.rules import absolute
 from vivace.engine.plan import Action, Args, Guard, Plan, Rule, Step, Variant
 from vivace.engine.planners import make_guarded
@@ -49,7 +50,7 @@ def apply_guards(
         raise ArgumentError(f"{NAME}: store {store!r:.40}; use one of {', '.join(STORES)}")
     for i, step in enumerate(plan.steps):
         rules = () if step.variant is None else step.variant.rules
-        if step.guard is not None or any(rule.action in (Action.REUSE, Action.FORECAST) for rule in rules):
+        if step.guard is not None or any(rule.action in READS for rule in rules):
             raise PlanError(f"{NAME}: step {i} has a guard or reuses blocks already; start from the plan without")
     origin = made.measured() if measured is None else dict(measured)
     if origin is not None:

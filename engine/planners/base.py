@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from vivace.engine.caching import SITES
 from vivace.engine.plan import Plan, Step
 from vivace.errors import ArgumentError
 
-SITES = ("attn", "cross_attn", "mlp", "residual", "block")
 STEP, LAM = "step", "lam"
 
 
@@ -54,8 +54,22 @@ class Schedule:
         return tuple(i for i in range(count) if any(track.orders[i] is not None for track in self.tracks))
 
 
-class Planner(ABC):
-    """A rule by which caches are planned. Subclasses are frozen dataclasses whose fields are their arguments.
+class Configured:
+    """A frozen dataclass whose fields are its arguments, which a recipe repeats."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON data: what is made of them plans the same."""
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+
+    def measured(self) -> dict[str, Any] | None:
+        """Of one with a table, what it was measured on: fingerprint, latent_shape. The plan carries it along."""
+        return None
+
+
+class Planner(Configured, ABC):
+    """A rule by which caches are planned.
 
     searched: recipes repeat the schedule that was found, not the search.
     """
@@ -65,14 +79,6 @@ class Planner(ABC):
     @abstractmethod
     def schedule(self, plan: Plan) -> Schedule:
         """What every evaluation of `plan` does. Rows of `required` compute whatever it says."""
-
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON data, for the recipe: a planner made of them plans the same."""
-        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}  # type: ignore[arg-type]  # dataclasses
-
-    def measured(self) -> dict[str, Any] | None:
-        """Of a planner with a table, what it was measured on: fingerprint, latent_shape. The plan carries it along."""
-        return None
 
 
 def plain(value: Any) -> Any:

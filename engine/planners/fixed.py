@@ -9,7 +9,6 @@ from typing import Any
 
 from vivace.engine.plan import Plan
 from vivace.engine.planners.base import (
-    SITES,
     STEP,
     Planner,
     Schedule,
@@ -156,7 +155,7 @@ def _track(item: Mapping[str, Any], count: int) -> Track:
     unknown = set(item) - {"site", "blocks", "orders", "weights"}
     if unknown or not {"site", "blocks", "orders"} <= set(item):
         raise ArgumentError(f"Scheduled: a track has the fields {sorted(item)}; need site, blocks, orders, or weights")
-    (site,) = require_sites("Scheduled", item["site"], SITES)
+    (site,) = require_sites("Scheduled", item["site"])
     orders = tuple(item["orders"])
     if len(orders) != count or any(o is not None and (type(o) is not int or o < 0) for o in orders):
         raise ArgumentError(

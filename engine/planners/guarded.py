@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from vivace.engine.plan import Plan
-from vivace.engine.planners.base import ends, plain, require_count, require_share, required
+from vivace.engine.planners.base import Configured, ends, require_count, require_share, required
 from vivace.engine.planners.tables import array, check_table, is_table, measured_of, numbers
 from vivace.errors import ArgumentError
 
@@ -26,20 +26,12 @@ class Test:
     allowed: frozenset[int]
 
 
-class Guarded(ABC):
-    """A rule by which rows decide at run time. Subclasses are frozen dataclasses whose fields are their arguments."""
+class Guarded(Configured, ABC):
+    """A rule by which rows decide at run time."""
 
     @abstractmethod
     def test(self, plan: Plan) -> Test:
         """What the guards of `plan` look like; a threshold of 0 allows none."""
-
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON data, for the recipe."""
-        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}  # type: ignore[arg-type]  # dataclasses
-
-    def measured(self) -> dict[str, Any] | None:
-        """Of one with a table, what it was measured on: fingerprint, latent_shape."""
-        return None
 
 
 def _allowed(name: str, plan: Plan, threshold: float, first: int, last: int) -> frozenset[int]:

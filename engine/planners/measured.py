@@ -8,7 +8,6 @@ from typing import Any
 
 from vivace.engine.plan import Plan
 from vivace.engine.planners.base import (
-    SITES,
     STEP,
     Planner,
     Schedule,
@@ -73,7 +72,7 @@ class SmoothCache(Planner):
             raise ArgumentError(
                 f"SmoothCache: table={self.table!r:.40}; a calibration table, or site -> errors, needed"
             )
-        named = require_sites("SmoothCache", list(self.table), SITES)
+        named = require_sites("SmoothCache", list(self.table))
         return {site: numbers("SmoothCache", f"errors of {site}", self.table[site], 2) for site in named}
 
     def arguments(self) -> dict[str, Any]:

@@ -98,5 +98,5 @@ class Blocky(Toy):
 
     def _value(self, turn, branch, s):
         slab, lanes = turn.places(branch, (TOKENS, WIDTH))
-        weights = turn.weights(branch)[s]
+        weights = turn.weights[s]
         return sum(weight * plane for weight, plane in zip(weights, slab.values[lanes[s]], strict=False))

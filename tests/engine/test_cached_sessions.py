@@ -13,7 +13,7 @@ from tests.engine.blocky import BLOCKS, TOKENS, WIDTH, Blocky
 from tests.engine.plans import edit
 from tests.engine.toy import session
 from vivace.engine.forecast import forecast_weights
-from vivace.engine.grouping import group_of, whole
+from vivace.engine.grouping import group_of, grouped, whole
 from vivace.engine.plan import Action, Guard, Rule, Variant
 from vivace.engine.request import Request
 from vivace.errors import UnsupportedError
@@ -147,6 +147,41 @@ def test_a_request_has_the_same_bits_alone_and_in_a_mix():
         for key in [key for key, state in running.items() if state.done]:
             assert torch.equal(together.finish(running.pop(key)).latents, alone[key]), key
     assert together.kept.idle
+
+
+def given(*ranges):
+    """One computed row, then one for each range whose output is given again."""
+    plan = base(1 + len(ranges), guided=False)
+    rules = [Rule(EVERY, "block", action=KEEP), *(Rule(blocks, "block", action=REUSE) for blocks in ranges)]
+    for i, rule in enumerate(rules):
+        plan = edit(plan, i, variant=replace(plan.steps[i].variant, rules=(rule,)))
+    return vivace.verify(plan)
+
+
+def test_plans_that_cut_their_ranges_elsewhere_share_a_row():
+    one, two = given((1, 4)), given((1, 4), (2, 4))  # the second keeps what leaves blocks [2, 4)
+    both = session(one, two, toy=Blocky())
+    states = [both.begin(Request("red", plan, seed=3)) for plan in (one, two)]
+    both.step(states)
+    assert len(grouped([whole(state) for state in states])) == 1
+    while not all(state.done for state in states):
+        both.step([state for state in states if not state.done])
+    for state, plan in zip(states, (one, two), strict=True):
+        assert torch.equal(both.finish(state).latents, session(plan, toy=Blocky())("red", seed=3).latents)
+
+
+def test_a_row_that_keeps_and_one_that_need_not_are_looked_at_together():
+    plan = watching(base(5), 0.05)
+    both, alone = session(plan, toy=Blocky()), session(plan, toy=Blocky())("red", seed=4).latents
+    ahead, behind = (both.begin(Request("red", plan, seed=4)) for _ in range(2))
+    for _ in range(4):
+        both.step([ahead])
+    both.step([behind])
+    both.step([behind, ahead])  # a row that keeps, and the last one, from which nobody reads
+    while not behind.done:
+        both.step([behind])
+    assert torch.equal(both.finish(ahead).latents, alone)
+    assert torch.equal(both.finish(behind).latents, alone)
 
 
 def test_two_pictures_in_a_row_are_two_runs():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.engine.caching import RANGES
 from vivace.engine.denoiser import BlockCall, BlockOut
 from vivace.engine.kept import Slab, Turn
 from vivace.engine.plan import Action, Rule, Variant
@@ -25,8 +26,6 @@ from vivace.models.caching.planes import TAKEN
 from vivace.models.caching.wiring import HIDDEN, HIDDEN_OUT, STEM, TEXT, Exit, Wiring, half_of, wiring_of
 from vivace.models.pipelines.blocks import ModuleParts
 from vivace.models.pipelines.families import Half
-
-RANGES = ("residual", "block")
 
 
 class Rows:
@@ -60,7 +59,7 @@ class Lanes:
     ) -> Tensor:
         """What was kept or is forecast, [R, *shape] in the dtype of `like`, plus `hidden`. shape None: any."""
         slab, lanes = self._places(part, shape, like)
-        numbers = [weights for branch, turn in self.turns for weights in turn.weights(branch)]
+        numbers = [weights for _, turn in self.turns for weights in turn.weights]
         dtype = like.dtype if like.dtype in TAKEN else torch.float32
         exact = torch.float64 if dtype is torch.float64 else torch.float32
         weights = torch.tensor(numbers, dtype=exact, device=slab.values.device)

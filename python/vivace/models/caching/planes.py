@@ -50,7 +50,7 @@ def given(
     wanted = _by_branch(out if out is not None and out.dtype in TAKEN else None, count)
     for branch, part, by, to in zip(branches, _by_branch(hidden, count), _by_branch(gate, count), wanted, strict=True):
         slab, lanes = turn.places(branch, tuple(part.shape[1:]), like=part)
-        weights = torch.tensor(turn.weights(branch), dtype=torch.float32, device=part.device)
+        weights = torch.tensor(turn.weights, dtype=torch.float32, device=part.device)
         options: dict[str, Any] = {"scales": slab.scales, "dtype": part.dtype, "out": to}
         if turn.use.site != "block":
             options |= {"hidden": part, "gate": by}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vivace.engine.bind import normal_form
-from vivace.engine.caching import CachedRow, CachePlan, RowUse, caches, share_of
+from vivace.engine.caching import READS, CachedRow, CachePlan, RowUse, caches, share_of
 from vivace.engine.guards import Watch, watched
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn, split
 from vivace.engine.passes.rules import absolute
@@ -27,7 +27,7 @@ ONE = "cond"  # the branch of plans that leave guidance to the pipeline
 def gives_again(plan: Plan) -> bool:
     """Some row may give kept values."""
     rules = (rule for variant in plan.variants for rule in variant.rules)
-    return any(rule.action in (Action.REUSE, Action.FORECAST) for rule in rules)
+    return any(rule.action in READS for rule in rules)
 
 
 @dataclass(frozen=True, slots=True)
