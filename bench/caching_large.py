@@ -46,15 +46,16 @@ METHODS = {
 class Loop:
     """The rows of requests for one plan: `prepare` begins them, a call runs one to its last row."""
 
-    def __init__(self, session: Any, plan: Plan, prompt: Any) -> None:
-        self.session, self.plan, self.prompt = session, plan, prompt
+    def __init__(self, session: Any, plan: Plan, prompt: Any, **given: Any) -> None:
+        self.session, self.plan, self.prompt, self.given = session, plan, prompt, given
         self.begun: list[Any] = []
         self.latents: Tensor | None = None
 
     def prepare(self, calls: int) -> None:
         """Begin as many requests as calls follow."""
         while len(self.begun) < calls:
-            self.begun.append(self.session.begin(vivace.Request(self.prompt, plan=self.plan, seed=SEED)))
+            request = vivace.Request(self.prompt, plan=self.plan, seed=SEED, **self.given)
+            self.begun.append(self.session.begin(request))
 
     def __call__(self) -> None:
         state = self.begun.pop()

@@ -67,7 +67,9 @@ def plans() -> list[Plan]:
                     (("apply_guidance", Args.of({"scale": 4.0})),))  # fmt: skip
     guided = Plan(rows, "eps", start, recipe)
     arrays = {name: np.linspace(-1, 1, 192, dtype=kind).reshape(SHAPE) for name, kind in (("mean", "f4"), ("w", "f8"))}
-    cached = Plan((*rows[:2], _cached(), _clamped()), "eps", start, recipe, tensor_infos(arrays), arrays=arrays)
+    cached = Plan(
+        (*rows[:2], _cached(), _some_tokens(), _clamped()), "eps", start, recipe, tensor_infos(arrays), arrays=arrays
+    )
     rules = (Rule((0, 2), action=Action.COMPUTE, order=1), Rule((-2, 0), "attn", ("cond",), precision="int8"))
     rows = tuple(replace(row, variant=replace(GUIDED, rules=rules)) for row in rows)
     return [euler, guided, cached, Plan(rows, "eps", start).bind(SPEC)]
@@ -81,20 +83,29 @@ def _guided(i: int) -> Step:
         Affine("x", (("x", 0.5), (f"m{i % 2}", 0.75), ("noise:1", 0.1), *([(f"m{1 - i % 2}", -0.25)] if i else []))),
     )
     level = (0.1 + 0.2 * i, 0.9 - 0.2 * i)
-    rules = (Rule((0, 2), "attn", ("cond",), Action.COMPUTE, 1, "bf16", "int8"),)
+    rules = (
+        Rule((0, 2), "attn", ("cond",), Action.COMPUTE, 1, "bf16", "int8"),
+        Rule((0, 0), "kv", None, Action.COMPUTE),
+    )
     return Step(900.0 - i, *level, ops, replace(GUIDED, rules=rules), outs=("cond", "uncond"))
 
 
 def _cached() -> Step:
-    rules = (Rule((0, 2), "attn", ("cond",), Action.FORECAST, 1), Rule((2, 4), "merge", share=0.5))
-    variant = Variant("main", ("cond", "uncond"), rules, 0.5, "drift", (("starvation", 0.25),))
+    rules = (Rule((0, 2), "attn", ("cond",), Action.FORECAST, 1), Rule((2, 4), "mlp", share=0.5))
+    variant = Variant("main", ("cond", "uncond"), rules)
     ops = (
-        Affine("y", (("x", TensorRef("mean")), ("one", AgeRef((1.0, 0.5))), ("noise:3", InputRef("w", -0.0))), 2),
+        Affine("y", (("x", TensorRef("mean")), ("one", AgeRef((1.0, 0.5, 0.0))), ("noise:3", InputRef("w", -0.0))), 2),
         Transform("cfg_rescale", "y", ("x",), (("phi", 0.7),)),
         Affine("x", (("x", 0.5), ("y", 1e-300), ("input:mask", 0.1))),
     )
     guard = Guard("cosine", "above", 0.99, Variant(), (1.0, 2.0), True)
     return Step(0.1, 0.99, 0.1, ops, variant, "x", 0.3, ("a", "b"), (("scale", 2.5),), (2.0, -1.0), guard, True)
+
+
+def _some_tokens() -> Step:
+    rules = (Rule((0, 0), "kv", None, Action.REUSE),)
+    variant = Variant("main", ("cond", "uncond"), rules, 0.5, "norm", (("bound", 3.0), ("starvation", 0.25)))
+    return Step(0.05, 1.0, 0.05, (Affine("x", (("x", 0.5), ("a", 0.5))),), variant, outs=("a", "b"))
 
 
 def _clamped() -> Step:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 530  # seconds of everything, unless LIMIT says otherwise
 LEAST = 5  # seconds that must be left for a step to begin
 TAIL = 15  # lines of a failed step's log that are shown and recorded
+GRAPHS = "tests/models/compiled/test_graphs_on_device.py"
 TRAINING = ("--updates", "300", "--every", "100", "--batch", "256")
 
 
@@ -45,11 +46,13 @@ def steps(out: Path, python: str, wheels: Path, train: bool) -> tuple[Step, ...]
         Step("build", 150, (python, "setup.py", "-q", "build_ext", "--inplace"), None),
         Step("doctor", 40, (*vivace, "doctor", "--json")),
         Step("tests", 150, (python, *tests, *parallel(python), "tests/kernels")),
+        Step("graphs", 90, (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", GRAPHS)),
         Step("tune", 110, (python, "-m", "vivace.bench.tune", str(out / "tune.json"))),
         Step("products", 120, (python, "-m", "vivace.bench.on_gpu", "products", str(out / "products.json"))),
         Step("kernels", 130, (*vivace, "bench", "kernels", "--quick", "--out", str(out))),
         Step("denoiser", 180, (python, "-m", "vivace.bench.on_gpu", "denoiser", str(out / "denoiser.json"))),
         Step("large", 180, (python, "-m", "vivace.bench.on_gpu", "large", str(out / "large.json"))),
+        Step("cached", 120, (python, "-m", "vivace.bench.on_gpu", "cached", str(out / "cached.json"))),
         Step("e2e", 80, (python, "-m", "vivace.bench.on_gpu", "e2e", str(out / "e2e.json"))),
         Step("generate", 40, (*vivace, "generate", "red heart", "--n", "4", "--out", str(out / "heart.png"))),
         Step(

@@ -1,6 +1,6 @@
 """Products, the denoiser and whole pictures on a GPU: ours against torch, compiled, and quantized.
 
-    python -m vivace.bench.on_gpu products|denoiser|large|e2e [OUT.json]
+    python -m vivace.bench.on_gpu products|denoiser|large|cached|e2e [OUT.json]
 
 Every candidate runs in the same interleaved rounds: a span of calls between two synchronizations, so that work of the
 host counts where the device waits for it, and only there. Each result is compared with eager float32 first. The network
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import vivace
-from vivace.bench import device, gpu_products
+from vivace.bench import device, gpu_cached, gpu_products
 from vivace.bench import e2e_cases as cases
 from vivace.bench.compiling import no_longer_than
 from vivace.bench.e2e import CLASSES
@@ -341,7 +341,7 @@ THEIRS: tuple[tuple[str, str, str, int | None, tuple[str, ...]], ...] = (
 
 
 SUITES: Mapping[str, Callable[[], Iterator[list[dict[str, Any]]]]] = {
-    "products": gpu_products.products, "denoiser": denoiser, "large": large, "e2e": e2e,
+    "products": gpu_products.products, "denoiser": denoiser, "large": large, "cached": gpu_cached.cached, "e2e": e2e,
 }  # fmt: skip
 CLAIMS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[Claim]]] = {
     "products": gpu_products.claims, "denoiser": int8_claims, "large": int8_claims,

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from vivace.engine.plan import Args, Binding, Plan, Rule, Variant
+from vivace.engine.token_layout import Layout
 from vivace.engine.verify import check_conflicts, said, verify
 from vivace.engine.verify_caches import MAX_CELLS
 from vivace.errors import ModelError, PlanError, ShapeError
@@ -21,7 +22,8 @@ class ModelSpec:
     (C, H, W) or any rank; blocks: number of transformer or UNet blocks; patch: edge of a token in latent elements, one
     per spatial axis; token_group: `keep` is a multiple of it; branches the model can run; conditioning: what a prompt
     is ("class", "text", "none"); schedule: its `NoiseSchedule`; width: of a token's hidden state in blocks, 0 where
-    blocks differ; costs: of one block's sites and of what is outside of blocks ("outside"), in any unit.
+    blocks differ; costs: of one block's sites and of what is outside of blocks ("outside"), in any unit; layers: of all
+    blocks of a UNet together, 0 where they are not told apart.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelSpec:
     schedule: Any = None
     width: int = 0
     costs: tuple[tuple[str, float], ...] = ()
+    layers: int = 0
 
     def tokens(self, shape: tuple[int, ...] | None = None) -> int:
         """Image tokens of a latent of `shape` (C, spatial...). Raises ShapeError when patches do not divide it."""
@@ -47,14 +50,18 @@ class ModelSpec:
             raise ShapeError(f"model {self.name!r}: latent shape {shape} is not a multiple of the patch {self.patch}")
         return prod(size // edge for size, edge in zip(spatial, self.patch, strict=True))
 
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the image tokens of a latent of `shape` lie."""
+        return Layout(shape, (shape[0], *self.patch))
+
 
 def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None) -> Plan:
     """Resolve `plan` for `spec` at latent `shape` (default: the model's) and verify the result."""
     shape = spec.latent_shape if shape is None else tuple(shape)
     tokens = spec.tokens(shape)
-    binding = Binding(spec.fingerprint, spec.blocks, tokens, spec.token_group, shape, spec.width)
+    binding = Binding(spec.fingerprint, spec.blocks, tokens, spec.token_group, shape, spec.width, spec.layers)
     if plan.binding is not None:
-        if replace(plan.binding, width=binding.width) != binding:
+        if replace(plan.binding, width=binding.width, layers=binding.layers) != binding:
             raise PlanError(f"bind: the plan is bound to {plan.binding}, asked for {binding}; bind the unbound plan")
         return plan
     if plan.prediction != spec.prediction:
@@ -72,7 +79,7 @@ def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None)
         wanted = {f"step {i}": step.variant, f"step {i} guard": None if step.guard is None else step.guard.otherwise}
         for where, variant in wanted.items():
             if variant is not None and variant not in bound:
-                rules = tuple(replace(rule, blocks=_absolute(where, rule, spec.blocks)) for rule in variant.rules)
+                rules = tuple(replace(rule, blocks=_absolute(where, rule, spec)) for rule in variant.rules)
                 cells += sum((r.blocks[1] - r.blocks[0]) * len(r.branches or variant.branches) for r in rules)
                 if cells > MAX_CELLS:
                     raise PlanError(f"{where}: rules name more than {MAX_CELLS} blocks up to here; use fewer variants")
@@ -117,20 +124,28 @@ def _bind_variant(where: str, variant: Variant, spec: ModelSpec, tokens: int) ->
     missing = set(variant.branches) - set(spec.branches)
     if missing:
         raise PlanError(f"{where}: branches {sorted(missing)} are not offered by model {spec.name!r} {spec.branches}")
-    group = spec.token_group
-    keep = tokens if variant.keep == 1.0 else min(tokens, max(group, round(variant.keep * tokens / group) * group))
+    keep = token_count(variant.keep, tokens, spec.token_group)
     check_conflicts(where, variant)
     return replace(variant, keep=float(keep), rules=normal_form(variant.rules, variant.branches))
 
 
-def _absolute(where: str, rule: Rule, blocks: int) -> tuple[int, int]:
-    first, last = rule.blocks
+def token_count(share: float, tokens: int, group: int) -> int:
+    """A share of the tokens as a count: the nearest multiple of the group, one group at least."""
+    return tokens if share == 1.0 else min(tokens, max(group, round(share * tokens / group) * group))
+
+
+def _absolute(where: str, rule: Rule, spec: ModelSpec) -> tuple[int, int]:
+    (first, last), layers = rule.blocks, rule.site == "layer"
+    blocks = spec.layers if layers else spec.blocks
+    if layers and not blocks:
+        raise PlanError(f"{where}: rule on site 'layer'; blocks of model {spec.name!r} have no layers told apart")
     if first < 0:
         first += blocks
     if last <= 0:
         last += blocks
     if not 0 <= first < last <= blocks:
-        raise PlanError(f"{where}: rule on blocks {rule.blocks} is empty or outside a model of {blocks} blocks")
+        what = "layers" if layers else "blocks"
+        raise PlanError(f"{where}: rule on {what} {rule.blocks} is empty or outside a model of {blocks} {what}")
     return first, last
 
 

@@ -13,10 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vivace.engine.plan import Action, Plan, Rule, Step, Variant
+from vivace.engine.token_rows import focused
 from vivace.errors import PlanError
 
-SITES = ("attn", "cross_attn", "mlp", "residual", "block")
-RANGES = ("residual", "block")  # sites of a range of blocks; the others are of one
+FEATURES = ("attn", "cross_attn", "mlp", "residual", "block", "layer")
+KEYS = ("kv", "received")  # of rows with all image tokens for those with some: keys and values, attention received
+SITES = (*FEATURES, *KEYS)
+_AROUND = ("attn", "residual", "block")  # where one of these is given again, a block's keys and values are not made
+RANGES = ("residual", "block", "layer")  # sites of a range of blocks, or of layers; the others are of one
 READS = (Action.REUSE, Action.FORECAST)
 BYTES = {None: 4, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 # Of the whole forward, where a model does not say: attention a third of a block, nothing outside of blocks.
@@ -91,14 +95,30 @@ class CachePlan:
         cells = {(cell.model, cell.site, cell.last, cell.branch): cell for cell in self.planes}
         object.__setattr__(self, "cells", cells)
 
-    def bytes(self, tokens: int, width: int) -> int:
-        """Bytes of one picture whose cells hold [tokens, width] each; int8 has a float32 scale a token."""
-        elements = tokens * width
+    def bytes(self, tokens: int, width: int, element: int = 4) -> int:
+        """Bytes of one picture whose cells hold [tokens, width] each, "kv" [tokens, 2 width], "received" [tokens].
+
+        int8 has a float32 scale a token. element: bytes of a number in the model, which keys and values have where
+        nothing is said.
+        """
         size = 0
         for cell, planes in self.planes.items():
-            store = self.stores[cell]
-            size += planes * (elements * BYTES[store] + (4 * tokens if store == "int8" else 0))
+            store, kv = self.stores[cell], cell.site == "kv"
+            each = element if kv and store is None else BYTES[store]
+            wide = {"kv": 2 * width, "received": 1}.get(cell.site, width)
+            size += planes * tokens * (wide * each + (4 if store == "int8" else 0))
         return size
+
+
+def attends(variant: Variant, block: int, branch: str) -> bool:
+    """A block's attention runs in a row of a bound plan, so that its keys and values are made."""
+    return not any(
+        rule.action in READS
+        and rule.site in _AROUND
+        and rule.blocks[0] <= block < rule.blocks[1]
+        and branch in (rule.branches or variant.branches)
+        for rule in variant.rules
+    )
 
 
 def plane_weights(values: Sequence[float]) -> tuple[float, ...]:
@@ -121,15 +141,18 @@ def _caches(plan: Plan) -> CachePlan:
     return _Lowering(plan).lowered()
 
 
-def cache_bytes(plan: Plan) -> int | None:
-    """Bytes that the caches of a bound plan take for one picture; None where the model does not tell its width."""
+def cache_bytes(plan: Plan, element: int = 4) -> int | None:
+    """Bytes that the caches of a bound plan take for one picture; None where the model does not tell its width.
+
+    element: as of `CachePlan.bytes`; heads of keys that are fewer than those of queries take less.
+    """
     found = caches(plan)
     if not found.planes:
         return 0
     binding = plan.binding
     if binding is None or not binding.width:
         return None
-    return found.bytes(binding.tokens, binding.width)
+    return found.bytes(binding.tokens, binding.width, element)
 
 
 def free_of_x(variant: Variant, uses: Sequence[RowUse]) -> bool:
@@ -140,14 +163,15 @@ def free_of_x(variant: Variant, uses: Sequence[RowUse]) -> bool:
     """
     first = [item.use for item in uses if item.use.reads and item.use.site == "block" and item.use.blocks[0] == 0]
     given = {branch for use in first for branch in use.branches}
-    return given >= set(variant.branches) and all(item.use.reads for item in uses)
+    return not focused(variant) and given >= set(variant.branches) and all(item.use.reads for item in uses)
 
 
 def computed_share(plan: Plan, costs: Sequence[tuple[str, float]] = ()) -> float:
     """Share of the plan's work that is computed, by the cost of sites; 1 without caches.
 
     costs: of one block's sites and of what is outside of blocks ("outside"), in any unit; () is a third attention, two
-    thirds MLP. Rows without reuse count whole, branches as often as they run; guards count as if they never fired.
+    thirds MLP. Rows without reuse count whole, branches as often as they run; guards count as if they never fired. Of
+    rows that compute some image tokens their share of them counts, as if no text ran beside.
     """
     if plan.binding is None:
         raise PlanError("computed_share: the plan is not bound; plan.bind(pipe.spec) resolves its blocks")
@@ -155,32 +179,44 @@ def computed_share(plan: Plan, costs: Sequence[tuple[str, float]] = ()) -> float
     for step, row in zip(plan.steps, caches(plan).rows, strict=True):
         if step.variant is not None:
             branches = len(step.variant.branches)
-            done += branches * share_of(step.variant, row.uses, plan.binding.blocks, costs)
+            of = plan.binding.tokens, plan.binding.layers
+            done += branches * share_of(step.variant, row.uses, plan.binding.blocks, costs, *of)
             total += branches
     return done / total if total else 1.0
 
 
-def share_of(variant: Variant, uses: Sequence[RowUse], blocks: int, costs: Sequence[tuple[str, float]] = ()) -> float:
-    """Share of one row's work that is computed; arguments as of `computed_share`."""
+def share_of(
+    variant: Variant,
+    uses: Sequence[RowUse],
+    blocks: int,
+    costs: Sequence[tuple[str, float]] = (),
+    tokens: int = 1,
+    layers: int = 0,
+) -> float:
+    """Share of one row's work that is computed; arguments as of `computed_share`. tokens: of a bound plan's image;
+    layers: of all blocks together, taken for alike."""
     known = dict(costs or EVEN)
     outside = known.pop("outside", 0.0)
     whole = len(variant.branches) * (outside + blocks * math.fsum(known.values()))
-    spared = math.fsum(len(item.use.branches) * _spared(item.use, known) for item in uses)
-    return 1.0 - spared / whole if whole else 1.0
+    each = blocks / layers if layers else 1.0
+    spared = math.fsum(len(item.use.branches) * _spared(item.use, known, each) for item in uses)
+    part = variant.keep / tokens if focused(variant) else 1.0
+    return part * (1.0 - spared / whole) if whole else part
 
 
 def read_by(uses: Sequence[RowUse]) -> tuple[int, int]:
-    """(sites reused, sites forecast) of a row, a range counted as one, every branch once."""
-    reused = sum(len(item.use.branches) for item in uses if item.use.action == Action.REUSE)
-    return reused, sum(len(item.use.branches) for item in uses if item.use.action == Action.FORECAST)
+    """(sites reused, sites forecast) of a row, a range counted as one, every branch once; `KEYS` are neither."""
+    mine = [item.use for item in uses if item.use.site not in KEYS]
+    reused = sum(len(use.branches) for use in mine if use.action == Action.REUSE)
+    return reused, sum(len(use.branches) for use in mine if use.action == Action.FORECAST)
 
 
-def _spared(use: Use, costs: Mapping[str, float]) -> float:
-    """Cost of what a use does not compute, for one branch."""
+def _spared(use: Use, costs: Mapping[str, float], layer: float) -> float:
+    """Cost of what a use does not compute, for one branch. layer: what one is of a block."""
     if not use.reads:
         return 0.0
     per_block = math.fsum(costs.values()) if use.site in RANGES else costs.get(use.site, 0.0)
-    return (use.blocks[1] - use.blocks[0]) * per_block
+    return (use.blocks[1] - use.blocks[0]) * (layer * per_block if use.site == "layer" else per_block)
 
 
 @dataclass(slots=True)
@@ -246,6 +282,8 @@ class _Lowering:
             weights = {Action.REUSE: (1.0,), Action.FORECAST: step.forecast[rule.weights : end]}.get(rule.action, ())
             for first, last in self._pieces(variant.model, rule):
                 for branch in rule.branches or variant.branches:
+                    if rule.site in KEYS and not attends(variant, first, branch):
+                        continue
                     cell = Cell(variant.model, rule.site, first, last, branch)
                     out[cell] = _Said(rule.action, rule.order, rule.store, weights)
         return out
@@ -274,7 +312,8 @@ class _Lowering:
             for cell in made:
                 after = needed[cell] = wanted.get(cell, 0)
                 before = min(made[cell], max(after - 1, 0))
-                wanted[cell] = before if step.guard is None else max(before, after)
+                part = step.guard is not None or focused(step.variant)  # else all of it is new
+                wanted[cell] = max(before, after) if part else before
                 if after:
                     self.planes[cell] = max(self.planes.get(cell, 0), after)
             for said in (own, other):

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from vivace.engine.kept import Seen, Turn
+from vivace.engine.merging import Merging
 from vivace.engine.plan import Variant
+from vivace.engine.tokens import Focus
 
 
 class Bucket(NamedTuple):
@@ -43,7 +45,8 @@ class Evaluation:
     """One evaluation of a group of samples. Sequences are per sample.
 
     x: the network-input plane [lanes, ...] of the pool, whole; rows: of each sample's plan, which is what its
-    `hoisted` is read by. turns: what is kept and what is given again; resume: where a look at the first blocks ended.
+    `hoisted` is read by. turns: what is kept and what is given again; resume: where a look at the first blocks ended;
+    focus: which image tokens a token row computes, None: all; merging: which blocks merge tokens, None: none.
     """
 
     x: Tensor
@@ -54,6 +57,8 @@ class Evaluation:
     hoisted: tuple[Hoisted | None, ...]
     turns: tuple[Turn, ...] = ()
     resume: Seen | None = None
+    focus: Focus | None = None
+    merging: Merging | None = None
 
     def sample(self, n: int) -> Evaluation:
         """The evaluation of sample n alone."""
@@ -67,6 +72,8 @@ class Evaluation:
             hoisted=self.hoisted[one],
             turns=tuple(turn.pick((n,)) for turn in self.turns),
             resume=None if self.resume is None else self.resume.pick((n,)),
+            focus=None if self.focus is None else self.focus.pick((n,)),
+            merging=None if self.merging is None else self.merging.pick((n,)),
         )
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from vivace.engine.bind import ModelSpec
 from vivace.engine.compiled import Compiler, Evaluation, Hoisted
 from vivace.engine.kept import Seen, Turn
+from vivace.engine.merging import Merging
 from vivace.engine.plan import Variant
+from vivace.engine.tokens import Focus
 from vivace.errors import UnsupportedError
 
 
@@ -25,7 +27,8 @@ class Denoiser(Protocol):
 
     models: names of its networks as plans call them, "main" first; precisions: in which `evaluate` runs blocks, where
     a variant names them; digest: of the quantized weights it has for that, "" without; sites: of blocks, that it can
-    keep and give again; metrics: of guards that `look` knows.
+    keep and give again (with "kv" among them it runs rows that compute some tokens, with "received" it tells what
+    attention these received, with "merge" it merges); metrics: of guards that `look` knows.
     """
 
     spec: ModelSpec
@@ -49,15 +52,22 @@ class Denoiser(Protocol):
         variant: Variant,
         turns: Sequence[Turn] = (),
         resume: Seen | None = None,
+        focus: Focus | None = None,
+        merging: Merging | None = None,
     ) -> tuple[Tensor, ...]:
         """Predictions of `variant.branches`: each [n, ...] for x [n, ...], one timestep and one condition a sample.
 
-        turns: what is kept and what is given again; resume: where a look at the first blocks ended.
+        turns: what is kept and what is given again; resume: where a look at the first blocks ended; focus: the image
+        tokens of a row that computes some, None: all. Of its predictions only pixels of those tokens are read. merging:
+        which blocks merge tokens, and for whom; None: none.
         """
         ...
 
     def why_not_kept(self, site: str, blocks: tuple[int, int]) -> str | None:
-        """Why a site of `sites` cannot be kept or given again in these blocks; None when it can."""
+        """Why a site of `sites` cannot be kept or given again in these blocks; None when it can.
+
+        Of "merge" and "merge_mlp": why tokens cannot be merged before the attentions, or MLPs, of these blocks.
+        """
         ...
 
     def look(
@@ -89,6 +99,10 @@ class Denoiser(Protocol):
         ...
 
 
+def _always() -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One forward of an evaluation, taken apart so that it can be captured once and replayed.
@@ -98,14 +112,18 @@ class Piece:
     inputs: by name the parts [r, ...] of a tensor, which is their concatenation along the first axis; made anew for
         every row, on the denoiser's device, or one part alone on the host.
     forward: a pure function of those tensors: rows [rows, ...], which the next call may overwrite. It makes nothing
-        from host data, reads no value and branches on shapes only.
+        from host data, reads no value and branches on shapes only. Where it keeps things, inputs say in which lanes.
     places: where row i goes: b * n + s for branch b and sample s of n, or -1 where the row only fills its bucket.
+    idle: in place of inputs of these names while the forward is only tried out: then it keeps nothing of anybody's.
+    stands: whether memory that `forward` names is where it was; a piece of whose memory it is not is never made again.
     """
 
     key: Hashable
     inputs: Mapping[str, tuple[Tensor, ...]]
     forward: Callable[[Mapping[str, Tensor]], Tensor]
     places: tuple[int, ...]
+    idle: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    stands: Callable[[], bool] = _always
 
 
 def samples_of(x: Tensor, lanes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -139,7 +157,7 @@ class Replayable(Protocol):
 
     @property
     def sites(self) -> frozenset[str]:
-        """Of which pieces keep and give again; rows with others are evaluated by the denoiser."""
+        """Of which pieces keep and give again; rows with others are evaluated by the denoiser, without a graph."""
         ...
 
     def why_not(self, variant: Variant) -> str | None:
@@ -196,8 +214,8 @@ class BlockCall:
 
     hidden: image tokens (or feature map) it reads; context: text tokens it reads, None without; skips: what an up
     block takes from the down path; image: slice of `hidden` along its tokens that are image tokens; options: whatever
-    else the model hands to the block, by argument name; compute: runs the block as the model would, `skips=` with
-    others, `inside=` as a stand-in that it makes of the block.
+    else the model hands to the block, by argument name; compute: runs the block as the model would, `hidden=`,
+    `skips=`, `options=` with others, `inside=` as a stand-in that it makes of the block.
     """
 
     info: BlockInfo
@@ -247,6 +265,8 @@ class CallableDenoiser:
         variant: Variant,
         turns: Sequence[Turn] = (),
         resume: Seen | None = None,
+        focus: Focus | None = None,
+        merging: Merging | None = None,
     ) -> tuple[Tensor, ...]:
         t = torch.tensor(timesteps, dtype=x.dtype, device=x.device)
         if variant.branches == ("cond",):

@@ -41,6 +41,21 @@ def noise_gain(order: int, ahead: float, apart: float = 1.0) -> float:
     return math.fsum(weight * weight for weight in forecast_weights(order, ahead, apart))
 
 
+def stored_gain(weights: Sequence[float]) -> float:
+    """sum_i (w_i + w_{i+1} + ...)^2: by how much a forecast multiplies the variance of rounding to the store.
+
+    Kept are the newest value and its backward differences, D_{j+1} = D_j - Q(D_j of the row before), Q rounding each
+    once (`cache_update`). So what the newest value was rounded by counts with the sum of all weights, that of value i
+    with the sum of those from i on: order 1, k ahead of two values that lie one apart, multiplies by 1 + k^2, where
+    differences of rounded values multiply by `noise_gain`, (1 + k)^2 + k^2. The rounding of the differences themselves
+    is left out: it is smaller as they are.
+
+    Args:
+        weights: on values, newest first, of `forecast_weights` or `node_weights`.
+    """
+    return math.fsum(math.fsum(weights[i:]) ** 2 for i in range(len(weights)))
+
+
 def node_weights(nodes: Sequence[float], at: float, form: str = "newton") -> tuple[float, ...]:
     """Weights of values computed at `nodes`, newest first, for a forecast of order len(nodes) - 1 at another place.
 

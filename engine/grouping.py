@@ -12,10 +12,14 @@ from torch import Tensor
 
 from vivace.engine.caching import RowUse, free_of_x
 from vivace.engine.executors import Group, KernelRows
+from vivace.engine.focusing import Member, Together
 from vivace.engine.guards import watched
 from vivace.engine.kept import Sample, Seen, Turn
+from vivace.engine.merge_rows import merge_row
+from vivace.engine.merging import MergeSample, Merging
 from vivace.engine.plan import Guard, Variant
 from vivace.engine.request import State
+from vivace.engine.token_rows import TokenRow, focused
 
 Look = Callable[[Sequence["Part"], str, Sequence[float]], Seen]
 
@@ -40,12 +44,17 @@ class Part:
         """Parts of equal keys run together."""
         structure = tuple([item.use for item in self.uses])
         made = self.row in self.state.ahead
-        return id(self.state.pool), self.variant, structure, self.outs, id(self.seen), made
+        return id(self.state.pool), self.variant, structure, self.outs, id(self.seen), made, self.tokens
 
     @property
     def outs(self) -> tuple[str, ...]:
         """Branches of the row's out slots, of which a guard's variant may run some."""
         return self.state.plan.steps[self.row].branches if self.row >= 0 else ()
+
+    @property
+    def tokens(self) -> TokenRow | None:
+        """What its row chooses tokens by; None where it computes all."""
+        return self.state.tokens.plan.rows[self.row] if self.state.tokens is not None and self.row >= 0 else None
 
     @property
     def span(self) -> tuple[int, int]:
@@ -177,7 +186,30 @@ def group_of(parts: Sequence[Part]) -> Group:
         _given(parts),
         _turns(parts) if first.uses else (),
         None if first.seen is None else first.seen.pick([place for part in parts for place in part.places]),
+        merging=_merging(parts),
+        tokens=_together(parts),
     )
+
+
+def _together(parts: Sequence[Part]) -> Together | None:
+    """The tokens of a group's pictures; None where no plan speaks of them."""
+    if parts[0].variant is None or all(part.state.tokens is None for part in parts):
+        return None
+    members = tuple(Member(part.state.tokens, part.row, part.pictures) for part in parts)
+    return Together(members, focused(parts[0].variant))
+
+
+def _merging(parts: Sequence[Part]) -> Merging | None:
+    """What the parts of a group merge, and whose importance is kept; None where none does."""
+    first = parts[0]
+    if first.variant is None or all(part.state.merges is None for part in parts):
+        return None
+    samples = (
+        None if part.state.merges is None else MergeSample(part.state.merges, j, part.row)
+        for part in parts
+        for j in part.pictures
+    )
+    return Merging(first.variant.model, merge_row(first.variant), tuple(samples))
 
 
 def _of(part: Part, numbers: tuple[int, ...]) -> tuple[int, ...]:
@@ -195,19 +227,17 @@ def _spread(values: Sequence[Any], sizes: Sequence[int]) -> tuple[Any, ...]:
 
 
 def _kernel_rows(parts: Sequence[Part], sizes: Sequence[int]) -> tuple[KernelRows, ...]:
-    """What the plan rows launch after the network: their k-th kernel rows together, reductions apart."""
+    """What the plan rows launch after the network: their k-th launches together, reductions and classes apart."""
     rows = []
-    entries = _spread([(part.state.entry, *part.span) for part in parts], sizes)
-    for k in range(max((last - first for _, first, last in entries), default=0)):
-        having = [(p, *where) for p, where in enumerate(entries) if where[1] + k < where[2]]
-        for reduces in (False, True):
-            mine = [
-                (p, entry.base + first + k)
-                for p, entry, first, _ in having
-                if entry.lowered.reduces(first + k) == reduces
-            ]
-            if mine:
-                rows.append(KernelRows(tuple([p for p, _ in mine]), tuple([row for _, row in mine]), reduces))
+    entries = _spread([(part.state.entry, part.state.entry.lowered.launches(part.span)) for part in parts], sizes)
+    for k in range(max((len(launches) for _, launches in entries), default=0)):
+        kinds: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
+        for position, (entry, launches) in enumerate(entries):
+            if k < len(launches):
+                kind = entry.lowered.reduces(launches[k]), launches[k] in entry.lowered.fans
+                kinds.setdefault(kind, []).append((position, entry.base + launches[k]))
+        for (reduces, fans), mine in sorted(kinds.items()):
+            rows.append(KernelRows(tuple([p for p, _ in mine]), tuple([row for _, row in mine]), reduces, fans))
     return tuple(rows)
 
 
@@ -228,4 +258,5 @@ def _turns(parts: Sequence[Part]) -> tuple[Turn, ...]:
             ),
         )
         for k, item in enumerate(first.uses)
+        if not (item.use.reads and item.use.site == "received")  # selections read it, no network does
     )

@@ -7,6 +7,7 @@ it ends. Nothing hangs on a module, and nothing is allocated in the loop once a 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vivace.engine.caching import CachePlan, Cell, Use
+from vivace.engine.caching import KEYS, CachePlan, Cell, Use
 
 DTYPES = {
     "fp32": torch.float32,
@@ -23,14 +24,15 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
+_serials = itertools.count()  # of memory that slabs and requests have had, in this process
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Slab:
     """Lanes of one shape: values [lanes, planes, *shape] in the dtype of the store; int8 has scales.
 
     scales: float32 [lanes, planes, *shape[:-1]], None for other stores. Both tensors are replaced when the slab grows,
-    so take every place of a call before reading them.
+    so take every place of a call before reading them. serial: of these tensors, no others ever have it.
     """
 
     shape: tuple[int, ...]
@@ -39,9 +41,12 @@ class Slab:
     device: torch.device
     values: Tensor = field(init=False)
     scales: Tensor | None = None
+    serial: int = field(init=False)
     _free: list[int] = field(default_factory=list)
+    _spare: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.serial = next(_serials)
         self.values = torch.zeros((0, self.planes, *self.shape), dtype=self.dtype, device=self.device)
         if self.dtype == torch.int8:
             self.scales = torch.zeros((0, self.planes, *self.shape[:-1]), dtype=torch.float32, device=self.device)
@@ -58,8 +63,14 @@ class Slab:
         for lane in lanes:
             heapq.heappush(self._free, lane)
 
+    def spare(self, count: int) -> tuple[int, ...]:
+        """That many lanes of nobody, for rows whose outcome nobody reads; the same ones for everybody who asks."""
+        if count > len(self._spare):
+            self._spare += self.take(count - len(self._spare))
+        return tuple(self._spare[:count])
+
     def _grow(self, lanes: int) -> None:
-        old = len(self.values)
+        old, self.serial = len(self.values), next(_serials)
         self.values = _longer(self.values, lanes)
         self.scales = None if self.scales is None else _longer(self.scales, lanes)
         for lane in range(old, lanes):
@@ -67,8 +78,8 @@ class Slab:
 
     @property
     def idle(self) -> bool:
-        """No lane is taken."""
-        return len(self._free) == len(self.values)
+        """No lane is taken by anybody."""
+        return len(self._free) + len(self._spare) == len(self.values)
 
     @property
     def lane_bytes(self) -> int:
@@ -121,11 +132,11 @@ class KeptMemory:
 class Kept:
     """What one request of n pictures keeps: lanes by cell and part, the same from the first use to the end.
 
-    places: (cell, part) -> its slab and the lane of every picture.
+    places: (cell, part) -> its slab and the lane of every picture; serial: its own, no other ever has it.
     """
 
     def __init__(self, memory: KeptMemory, plan: CachePlan, pictures: int) -> None:
-        self.memory, self.plan, self.pictures = memory, plan, pictures
+        self.memory, self.plan, self.pictures, self.serial = memory, plan, pictures, next(_serials)
         self.places: dict[tuple[Cell, int], tuple[Slab, tuple[int, ...]]] = {}
 
     def lanes(self, cell: Cell, part: int, shape: tuple[int, ...], like: Tensor) -> tuple[Slab, tuple[int, ...]]:
@@ -135,15 +146,18 @@ class Kept:
         """
         found = self.places.get((cell, part))
         if found is None:
-            store = self.plan.stores[cell]
-            exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-            slab = self.memory.slab(
-                shape, self.plan.planes[cell], exact if store is None else DTYPES[store], like.device
-            )
+            slab = self.memory.slab(shape, self.plan.planes[cell], self._dtype(cell, like), like.device)
             found = self.places[cell, part] = slab, slab.take(self.pictures)
         if found[0].shape != shape:
             raise RuntimeError(f"cache {cell}: holds {found[0].shape}, a row has {shape}")
         return found
+
+    def _dtype(self, cell: Cell, like: Tensor) -> torch.dtype:
+        """What a cell is kept in; where nothing is said keys and values as they are, all else in float32."""
+        store = self.plan.stores[cell]
+        if store is not None:
+            return DTYPES[store]
+        return like.dtype if cell.site == "kv" or like.dtype == torch.float64 else torch.float32
 
     def held(self, cell: Cell, part: int) -> tuple[int, ...]:
         """The shape of a cell's part. Raises RuntimeError, our bug, where nothing was kept."""
@@ -152,9 +166,10 @@ class Kept:
         return self.places[cell, part][0].shape
 
     def reserve(self, shape: tuple[int, ...], like: Tensor) -> None:
-        """Take the lanes of all cells, whose first part is of this shape."""
+        """Take the lanes of all cells whose first part is of this shape; keys and values wait for their first row."""
         for cell in self.plan.planes:
-            self.lanes(cell, 0, shape, like)
+            if cell.site not in KEYS:
+                self.lanes(cell, 0, shape, like)
 
     def release(self) -> None:
         """Hand all lanes back."""
@@ -191,8 +206,10 @@ class Turn:
         """(slab, lane of every sample) of a branch's cell.
 
         Args:
-            shape: of one sample, such as (tokens, width); None where it is read: whatever was kept. part: 0 the image's
-                stream, 1 the text's, 2 and on skips.
+            shape: of one sample, such as (tokens, width), (tokens, 2 width of heads) of site "kv", (tokens,) of site
+                "received": of one block the softmax weight of each image token as a key, mean over heads, summed over
+                image queries. None where it is read: whatever was kept.
+            part: 0 the image's stream, 1 the text's, 2 and on skips.
             like: a tensor on the device, of the dtype that is kept where the store is not said; None: float32, CPU.
         """
         like = torch.empty(0) if like is None else like

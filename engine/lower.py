@@ -4,6 +4,8 @@ A kernel row computes up to `OUTPUTS` linear combinations of up to `SOURCES` slo
 never written: its formula is folded into the ones that read it. Ops that do not fit one kernel row become several.
 The network's next input, `x_scale * x`, is one more output of the row before it. A Transform that reduces over the
 sample becomes a reduction row, which has the formula of its slot, and a mark on the slot's output in the row after it.
+What goes by the age of tokens (`AgeRef`) becomes as many kernel rows as there are classes, one after another: a launch
+is given the first of them and the class of every token.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from vivace.engine.plan import Affine, Coef, InputRef, Op, Plan, TensorRef, Transform, reads, writes
+from vivace.engine.plan import Affine, AgeRef, Coef, InputRef, Op, Plan, TensorRef, Transform, coefs, reads, writes
 from vivace.errors import ArgumentError, UnsupportedError
 from vivace.kernels.solver_step.table import (
     KIND_AT,
@@ -45,13 +47,25 @@ class Lowered:
     """A plan as kernel rows for one request.
 
     spans[i]: (first, last) kernel rows of plan row i, half-open; start: those that fill the first slots; slots: pool
-    slot by name.
+    slot by name; fans: first kernel rows of the launches by class, with the number of their classes.
     """
 
     table: StepTable
     spans: tuple[tuple[int, int], ...]
     start: tuple[int, int]
     slots: Mapping[str, int]
+    fans: Mapping[int, int]
+
+    def launches(self, span: tuple[int, int]) -> Sequence[int]:
+        """The kernel rows of a span that begin a launch."""
+        if not self.fans:
+            return range(*span)
+        row, last = span
+        first = []
+        while row < last:
+            first.append(row)
+            row += self.fans.get(row, 1)
+        return first
 
     def reduces(self, row: int) -> bool:
         """Kernel row `row` is a reduction row."""
@@ -89,6 +103,7 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
     live = _live_after(plan)
     kernel_rows: list[Row] = []
     spans = []
+    fans: dict[int, int] = {}
     start: tuple[Op, ...] = plan.init
     if "x_init" in given.tensors:
         start = (*start, Affine("x", (("input:x_init", 1.0),)))
@@ -106,10 +121,14 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
             made = _rows(codes, branches, ops, live[i] | {_FEED})
         except (ArgumentError, UnsupportedError) as error:
             raise type(error)(f"{'init' if step is None else f'step {i - 1}'}: {error}") from None
-        spans.append((len(kernel_rows), len(kernel_rows) + len(made)))
-        kernel_rows.extend(made)
+        first = len(kernel_rows)
+        for rows in made:
+            if len(rows) > 1:
+                fans[len(kernel_rows)] = len(rows)
+            kernel_rows.extend(rows)
+        spans.append((first, len(kernel_rows)))
     table = build_table(kernel_rows, "float64")
-    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots)
+    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots, fans)
 
 
 # --- liveness --------------------------------------------------------------------------------------------------------
@@ -158,7 +177,7 @@ class _Codes:
         if isinstance(coef, InputRef):
             value = self.given.values.get(coef.name)
             return (1.0, self.slots[f"input:{coef.name}"]) if value is None else (float(value), NONE)
-        raise UnsupportedError("a coefficient per token age needs a row that recomputes a part of the tokens")
+        raise UnsupportedError(f"a coefficient by token age has no one number: {coef}")
 
     def number(self, what: str, coef: Coef) -> float:
         """A coefficient that may not be a tensor."""
@@ -172,22 +191,58 @@ class _TooMuch(Exception):
     """The ops do not fit one kernel row."""
 
 
-def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[Row]:
-    """Kernel rows of `ops`: as few as possible; what a later one reads is kept in slots."""
+def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[list[Row]]:
+    """Launches of `ops`, as few as possible, each a kernel row or one a class; what a later one reads is in slots."""
     ops = [part for op in ops for part in _narrow(op)]
-    done: list[Row] = []
+    classes = _classes(ops)
+    done: list[list[Row]] = []
     while ops:
         for count in range(len(ops), 0, -1):
+            after = _live_before(ops[count:], live)
             try:
-                rows = _fold(codes, branches, ops[:count], _live_before(ops[count:], live))
+                folded = [_fold(codes, branches, _of_class(ops[:count], number), after) for number in range(classes)]
                 break
             except _TooMuch:
                 continue
         else:
             raise UnsupportedError(f"{ops[0]} does not fit the fused step")
-        done += rows
+        for rows in zip(*folded, strict=True):
+            done.append([rows[0]] if all(row == rows[0] for row in rows[1:]) else list(rows))
         ops = ops[count:]
     return done
+
+
+def _classes(ops: Sequence[Op]) -> int:
+    """Classes of tokens that `ops` tell apart; 1: none. Raises UnsupportedError where they meet in a reduction."""
+    count = 1
+    aged: set[str] = set()  # slots whose formula in this row goes by class
+    for op in ops:
+        counts = [len(coef.values) for coef in coefs(op) if isinstance(coef, AgeRef)]
+        count = max([count, *counts])
+        by_class = bool(counts) or bool(aged & set(reads(op)))
+        if by_class and isinstance(op, Transform) and op.kind in _REDUCES:
+            raise UnsupportedError(
+                f"{op.kind} of {op.slot!r} reduces over the sample, but what it reads goes by the age of tokens; "
+                "compute all tokens in this row, or use another solver"
+            )
+        aged = aged | {writes(op)} if by_class else aged - {writes(op)}
+    return count
+
+
+def _of_class(ops: Sequence[Op], number: int) -> list[Op]:
+    """The ops as tokens of one class run them; terms that are 0 for them are left out."""
+
+    def of(coef: Coef) -> Coef:
+        return coef.values[number] if isinstance(coef, AgeRef) else coef
+
+    made: list[Op] = []
+    for op in ops:
+        if isinstance(op, Affine):
+            terms = [(slot, of(coef)) for slot, coef in op.terms if not isinstance(coef, AgeRef) or of(coef) != 0.0]
+            made.append(replace(op, terms=tuple(terms)))
+        else:
+            made.append(replace(op, params=tuple((name, of(coef)) for name, coef in op.params)))
+    return made
 
 
 def _narrow(op: Op) -> list[Op]:

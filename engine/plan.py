@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
 BRANCHES = ("cond", "uncond", "perturbed")
-SITES = ("block", "attn", "cross_attn", "mlp", "residual", "kv", "merge")
+SITES = ("block", "attn", "cross_attn", "mlp", "residual", "layer", "kv", "received", "merge")
 PRECISIONS = ("fp32", "bf16", "int8", "fp8")
 
 
@@ -43,7 +43,7 @@ class InputRef:
 
 @dataclass(frozen=True, slots=True)
 class AgeRef:
-    """A coefficient per token age: computed now, one row ago, ..., `bound` rows ago, older."""
+    """A coefficient by class of a token: (skipped, steady, gap 1, ..., gap B, older); see `passes.token_history`."""
 
     values: tuple[float, ...]
 
@@ -87,10 +87,9 @@ class Rule:
     """One statement about a range of blocks; None = not said here. Rules merge field by field, a site over its block.
 
     blocks: half-open; while unbound negative numbers count from the end and a last of 0 is the end: (0, 0) is all.
-    site: "block" | "attn" | "cross_attn" | "mlp" | "residual" | "kv" | "merge"; branches None = all.
+    site: one of `SITES`; branches None = all. With "layer" the range counts layers in blocks of a UNet: `DeepCache`.
     order: of the forecast; on COMPUTE: how many earlier values are kept. store: dtype in which the result is kept.
-    precision: "fp32" | "bf16" | "int8" | "fp8"; share: of tokens merged (site "merge"). weights: where those of this
-    rule's forecast begin in `Step.forecast`, order + 1 of them.
+    precision: one of `PRECISIONS`; share: of tokens merged. weights: where its order + 1 begin in `Step.forecast`.
     """
 
     blocks: tuple[int, int]
@@ -226,7 +225,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What a plan was bound to. tokens: of the image; token_group: of `keep`; width: of a token, 0 unknown."""
+    """What a plan was bound to. tokens: of the image; token_group: of `keep`; width: of a token, 0 unknown; layers:
+    within all blocks together, 0 where they are not told apart."""
 
     fingerprint: str
     blocks: int
@@ -234,6 +234,7 @@ class Binding:
     token_group: int
     latent_shape: tuple[int, ...]
     width: int = 0
+    layers: int = 0
 
 
 Derived = TypeVar("Derived")
@@ -301,7 +302,7 @@ class Plan(_Remembers):
         return self.once("inputs", self._inputs)
 
     def _inputs(self) -> tuple[InputRef, ...]:
-        seen: dict[InputRef, None] = {}
+        seen = {InputRef("mask"): None} if any(variant.selector == "mask" for variant in self.variants) else {}
         for step in self.steps:
             for _, coef in step.net_inputs:
                 if isinstance(coef, InputRef):

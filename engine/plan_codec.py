@@ -305,6 +305,7 @@ READERS: dict[type, dict[str, Reader]] = {
         "token_group": _int,
         "latent_shape": _INTS,
         "width": _int,
+        "layers": _int,
     },
     p.Plan: {
         "steps": _list(_record(p.Step)),

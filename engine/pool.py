@@ -19,8 +19,8 @@ from torch import Tensor
 from vivace.engine.lower import Lowered
 from vivace.kernels.solver_step.table import StepTable
 
-# Solver steps over the memory of a pool, given the row numbers; None: nothing can be bound to that memory.
-Launch = Callable[[Sequence[int]], object] | None
+# Solver steps over the memory of a pool, given row numbers and tokens' classes; None: nothing can be bound to it.
+Launch = Callable[[Sequence[int], Tensor | None], object] | None
 
 
 @dataclass(slots=True, eq=False)

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vivace import __version__
-from vivace.engine.caching import cache_bytes, read_by, share_of
+from vivace.engine.caching import KEYS, cache_bytes, read_by, share_of
 from vivace.engine.guards import Decision
+from vivace.engine.merge_rows import SITE
+from vivace.engine.merging import unmerged
 from vivace.engine.plan import Plan
 from vivace.engine.precision import spelled
+from vivace.engine.token_rows import focused
+from vivace.kernels.select_tokens import SPEC as SELECT
+from vivace.kernels.spec import choose
 
 if TYPE_CHECKING:
     from vivace.engine.denoiser import Denoiser
@@ -87,7 +92,8 @@ class RowRecord:
     """One executed row. `batch`: samples that shared its launch; the ms are those of the launch.
 
     precision: what its blocks multiplied in, "model" where the plan says nothing; share: of its work that was computed,
-    the rest came from caches (mean of the pictures); reused, forecast: sites of blocks that gave kept values.
+    the rest came from caches or was left out (mean of the pictures); reused, forecast: sites of blocks that gave kept
+    values; tokens: image tokens computed of each picture, None: all.
     """
 
     row: int
@@ -99,6 +105,7 @@ class RowRecord:
     share: float = 1.0
     reused: int = 0
     forecast: int = 0
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,9 @@ class Receipt:
     compiles: artefacts the session compiled so far, its whole life; hoisted: bytes of what left the loop, by part.
     compiled: how the model was compiled: what runs its rows and what was measured to decide it, buckets; plain data.
     caches: of a plan that caches: cells, bytes planned and taken, sites reused and forecast, share of work computed;
-    decisions: of its guards, row by row.
+    decisions: of its guards, row by row. tokens: of a plan with rows that compute some image tokens: how many there
+    are, such rows, the share of all that was computed, rows that one waits at most (-1: any), bytes. merges: of a plan
+    that merges tokens: layers that did, maps made and reused, bytes planned and taken.
     details: what else took part, such as prompt cache, decoder and pieces that kept their own kernels; plain data.
     """
 
@@ -135,6 +144,8 @@ class Receipt:
     hoisted: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, Any] = field(default_factory=dict)
     caches: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    merges: dict[str, Any] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     one_by_one: str | None = None
     warnings: tuple[str, ...] = ()
@@ -173,6 +184,10 @@ class Receipt:
             lines.append(f"precision {rows}")
         if self.caches:
             lines.append(f"caches    {_cached(self.caches)}")
+        if self.tokens:
+            lines.append(f"tokens    {_chosen(self.tokens)}")
+        if self.merges:
+            lines.append("merged    " + ", ".join(f"{name} {value}" for name, value in self.merges.items()))
         if self.decisions:
             lines.append("guards    " + " ".join(f"{d.row}:{sum(d.fired)}/{len(d.fired)}" for d in self.decisions))
         if self.hoisted:
@@ -236,14 +251,16 @@ def make_receipt(
         predicted_ms=_predicted(probe, plan, evaluated),
         peak_memory=peak_memory(pool.device),
         pool=n * pool.lane_bytes(),
-        kernels=executor.kernels(pool),
+        kernels=(*executor.kernels(pool), *_selecting(state)),
         compiles=executor.compiles,
         hoisted={} if state.hoisted is None else dict(state.hoisted.bytes),
         compiled=executor.report(),
         caches=_caches(state, rows),
+        tokens=_tokens(state, rows),
+        merges={} if state.merges is None else state.merges.told(plan),
         decisions=() if state.watch is None else tuple(state.watch.decisions),
         one_by_one=executor.one_by_one,
-        warnings=(*state.warnings, *_unused(state, rows)),
+        warnings=(*state.warnings, *unmerged(plan, state.merges), *_unused(state, rows), *_all(state, rows)),
         versions={"vivace": __version__, "torch": torch.__version__},
         details={name: report for name, report in denoiser.reports().items() if report is not None},
         events=events,
@@ -270,10 +287,12 @@ def _row(state: State, i: int, events: tuple[Event, ...], denoiser: Denoiser) ->
     precision = "model" if variant is None else spelled(variant)
     times = sum(event.ms for event in network), sum(event.ms for event in steps)
     record = RowRecord(i, branches, sum(event.batch for event in steps), *times, precision)
-    if variant is None or not (state.caches.planes or step.guard is not None):
+    if variant is None or not (state.caches.planes or step.guard is not None or focused(variant)):
         return record
+    record = replace(record, tokens=int(variant.keep) if focused(variant) else None)
     costs, blocks = denoiser.spec.costs, denoiser.spec.blocks
-    own = share_of(variant, uses, blocks, costs), read_by(uses)
+    of = 1 if state.tokens is None else state.tokens.count
+    own = share_of(variant, uses, blocks, costs, of, denoiser.spec.layers), read_by(uses)
     if step.guard is None or state.watch is None:
         return replace(record, share=own[0], reused=own[1][0], forecast=own[1][1])
     otherwise = state.caches.rows[i].otherwise
@@ -290,11 +309,11 @@ def _caches(state: State, rows: Sequence[RowRecord]) -> dict[str, Any]:
     planned = state.caches
     if not planned.planes:
         return {}
-    evaluated = [row for row in rows if row.branches]
+    evaluated, element = [row for row in rows if row.branches], state.pool.net.element_size()
     return {
         "cells": len(planned.planes),
         "planes": sum(planned.planes.values()),
-        "bytes_planned": None if (per := cache_bytes(state.plan)) is None else per * state.request.n,
+        "bytes_planned": None if (per := cache_bytes(state.plan, element)) is None else per * state.request.n,
         "bytes": 0 if state.kept is None else state.kept.nbytes + (state.watch.nbytes if state.watch else 0),
         "reused": sum(row.reused for row in evaluated),
         "forecast": sum(row.forecast for row in evaluated),
@@ -304,12 +323,51 @@ def _caches(state: State, rows: Sequence[RowRecord]) -> dict[str, Any]:
 
 def _unused(state: State, rows: Sequence[RowRecord]) -> tuple[str, ...]:
     """A warning where caching was asked for and no row gave a kept value."""
-    asked = any(rule.action is not None for variant in state.plan.variants for rule in variant.rules)
+    rules = (rule for variant in state.plan.variants for rule in variant.rules)
+    asked = any(rule.action is not None and rule.site not in (SITE, *KEYS) for rule in rules)
     recipe = state.plan.recipe
     named = [] if recipe is None else [name for name, _ in recipe.passes if name in CACHING]
     if not (asked or named) or any(row.reused or row.forecast for row in rows):
         return ()
     return (f"caching had no effect: no row gave a kept value ({', '.join(named) or 'rules of the plan'})",)
+
+
+def _tokens(state: State, rows: Sequence[RowRecord]) -> dict[str, Any]:
+    """What was computed of the image tokens; empty for a plan that always computes all."""
+    if state.tokens is None:
+        return {}
+    count, evaluated = state.tokens.count, [row for row in rows if row.branches]
+    done = sum(len(row.branches) * (count if row.tokens is None else row.tokens) for row in evaluated)
+    return {
+        "of": count,
+        "rows": sum(row.tokens is not None for row in evaluated),
+        "share": done / max(1, count * sum(len(row.branches) for row in evaluated)),
+        "bound": max(-1 if row is None else row.bound for row in state.tokens.plan.rows),
+        "bytes": state.tokens.nbytes,
+    }
+
+
+def _selecting(state: State) -> tuple[KernelUse, ...]:
+    """Which backend chose tokens, and why."""
+    if state.tokens is None:
+        return ()
+    choice = choose(SELECT, state.pool.device.type, str(state.pool.net_dtype).removeprefix("torch."))
+    return (KernelUse(SELECT.name, choice.backend, choice.reason),)
+
+
+def _all(state: State, rows: Sequence[RowRecord]) -> tuple[str, ...]:
+    """A warning where rows were to compute some tokens and all computed all."""
+    recipe = state.plan.recipe
+    named = recipe is not None and any(name == "apply_tokens" for name, _ in recipe.passes)
+    asked = named or state.tokens is not None
+    left_out = state.tokens is not None and any(row.tokens not in (None, state.tokens.count) for row in rows)
+    return ("tokens had no effect: every row computed all of them",) if asked and not left_out else ()
+
+
+def _chosen(found: dict[str, Any]) -> str:
+    """One line of the printout."""
+    waits = "" if found["bound"] < 0 else f"; none waits for more than {found['bound']} rows"
+    return f"{found['rows']} rows compute some of {found['of']}, {found['share']:.0%} in all{waits}"
 
 
 def _cached(found: dict[str, Any]) -> str:

@@ -6,8 +6,10 @@ import difflib
 from math import isinf
 from typing import Any
 
+from vivace.engine.caching import KEYS
 from vivace.engine.plan import Action, Affine, AgeRef, Coef, InputRef, Op, Plan, Rule, Step, TensorRef, Variant
 from vivace.engine.prediction import to_eps, to_x0
+from vivace.engine.token_rows import focused
 
 HEADER = ("#", "t", "lam", "net", "branches", "blocks", "keep", "ops")
 LETTERS = "CRFI"  # by Action
@@ -61,14 +63,21 @@ def row_cells(i: int, step: Step, plan: Plan) -> tuple[str, ...]:
     tokens = None if plan.binding is None else plan.binding.tokens
     blocks = None if plan.binding is None else plan.binding.blocks
     keep = number(variant.keep) if tokens is None else f"{variant.keep:.0f}/{tokens}"
-    if variant.selector != "all":
-        keep += f" {variant.selector}"
+    keep += _selector(variant)
     branches = "+".join(_SHORT.get(branch, branch) for branch in variant.branches)
     cells = (number(step.timestep, 6), lam, _precision(variant), branches, _blocks(variant, blocks), keep)
     guard = step.guard
     if guard is not None:
         mark += f" guard {guard.metric} {guard.rule} {number(guard.threshold)}: {_blocks(guard.otherwise, blocks)}"
     return (str(i), *cells, ops + mark)
+
+
+def _selector(variant: Variant) -> str:
+    """Who chooses tokens, and how many rows one goes without at most: " deviation<=8"."""
+    if not focused(variant):
+        return ""
+    bound = dict(variant.selector_params).get("bound", -1.0)
+    return f" {variant.selector}" + (f"<={bound:g}" if bound >= 0 else "")
 
 
 def _made_by(plan: Plan) -> str:
@@ -99,17 +108,19 @@ def _precision(variant: Variant) -> str:
 
 def _blocks(variant: Variant, blocks: int | None) -> str:
     """Letters, one per block, when bound; the rules themselves while unbound."""
-    rules = [rule for rule in variant.rules if rule.action is not None]
+    rules = [rule for rule in variant.rules if rule.action is not None and rule.site != "merge"]
+    merged = [_merged(rule) for rule in variant.rules if rule.site == "merge"]
     if blocks is None:
-        return ",".join(map(_said, rules)) or "all"
-    letters = "".join(_letter([rule for rule in rules if _covers(rule, block)]) for block in range(blocks))
-    return ",".join([letters, *(_said(rule) for rule in rules if not _is_plain(rule))])
+        return ",".join([*map(_said, rules), *merged]) or "all"
+    of = [rule for rule in rules if rule.site != "layer"]  # which counts otherwise
+    letters = "".join(_letter([rule for rule in of if _covers(rule, block)]) for block in range(blocks))
+    return ",".join([letters, *(_said(rule) for rule in rules if not _is_plain(rule)), *merged])
 
 
 def _letter(rules: list[Rule]) -> str:
     """What a block does: C compute, R or F when nothing of it is computed, in lower case when some of it is."""
     whole = [rule for rule in rules if rule.site in ("block", "residual")]
-    inner = [rule for rule in rules if rule.site not in ("block", "residual")]
+    inner = [rule for rule in rules if rule.site not in ("block", "residual", *KEYS, "merge")]
     for rule in whole:
         if rule.action != Action.COMPUTE:
             return LETTERS[rule.action or 0]
@@ -133,6 +144,11 @@ def _said(rule: Rule) -> str:
     return (
         f"{_where(rule)}{LETTERS[rule.action or 0]}{rule.order or ''}{'' if rule.store is None else '/' + rule.store}"
     )
+
+
+def _merged(rule: Rule) -> str:
+    """Blocks that merge a share of their tokens: by a new map, M, or by the last one, m."""
+    return f"{rule.blocks[0]}:{rule.blocks[1] or ''}{'M' if rule.action == Action.COMPUTE else 'm'}{number(rule.share)}"
 
 
 def _where(rule: Rule) -> str:

@@ -11,9 +11,11 @@ from vivace.engine.caching import CachePlan
 from vivace.engine.compiled import Hoisted
 from vivace.engine.guards import Watch
 from vivace.engine.kept import Kept
+from vivace.engine.merging import Merges
 from vivace.engine.plan import Plan
 from vivace.engine.pool import Entry, Pool
 from vivace.engine.receipt import Receipt
+from vivace.engine.tokens import Tokens
 from vivace.errors import ArgumentError
 
 SEED_LIMIT = 1 << 64
@@ -65,8 +67,9 @@ class Request:
 class State:
     """A request under way. `row`: rows done; `done`: all of them; all it owns are lanes of `pool` and of `kept`.
 
-    caches: what its rows keep and give again; watch: what its guards remember, None without guards; ahead: predictions
-    of rows to come, by row, that read nothing of x.
+    caches: what its rows keep and give again; merges: what its merged tokens keep, tokens: state of every token, None
+    where its plan says nothing of them; watch: what its guards remember, None without guards; ahead: predictions of
+    rows to come, by row, that read nothing of x.
     """
 
     request: Request
@@ -81,6 +84,8 @@ class State:
     caches: CachePlan
     hoisted: Hoisted | None = None
     kept: Kept | None = None
+    merges: Merges | None = None
+    tokens: Tokens | None = None
     watch: Watch | None = None
     ahead: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     row: int = 0
@@ -111,9 +116,13 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Finished pictures: PIL images, latents [n, ...], the receipt, and the condition the prompt found."""
+    """Finished pictures: PIL images, latents [n, ...], the receipt, and the condition the prompt found.
+
+    computed: int32 [n, *grid], how many evaluations computed each image token; None for plans that always compute all.
+    """
 
     images: list[Any]
     latents: Tensor
     receipt: Receipt
     condition: Any = None
+    computed: Tensor | None = None

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,15 @@ from vivace.engine.grouping import Part, chosen, evaluated_ahead, group_of, grou
 from vivace.engine.guards import Watch
 from vivace.engine.kept import Kept, KeptMemory, Seen
 from vivace.engine.lower import Given, lower_plan
+from vivace.engine.merge_rows import guided, merges
+from vivace.engine.merging import Merges
 from vivace.engine.plan import Plan
 from vivace.engine.pool import Pool
 from vivace.engine.probe import Probe
 from vivace.engine.receipt import Timeline, make_receipt
 from vivace.engine.request import Report, Request, Result, State
+from vivace.engine.token_rows import tokens_of
+from vivace.engine.tokens import Tokens
 from vivace.errors import ArgumentError, DtypeError, ShapeError, StateError
 
 
@@ -120,7 +124,7 @@ class Session:
                 request, plan, condition, pool, entry, lanes, self._owner, warnings, began, self._caches[plan]
             )
             try:
-                self._remember(state)
+                self._remember(state, values, tensors)
                 with self.timeline.span(state.records, "hoist", -1, len(lanes)):
                     state.hoisted = self.executor.hoist(plan, condition)
                 for name, tensor in tensors.items():
@@ -177,7 +181,8 @@ class Session:
                 denoiser=self.denoiser,
             )
             self._close(state, "finished")
-            return Result(images, latents, receipt, state.condition)
+            heat = None if state.tokens is None else state.tokens.heat
+            return Result(images, latents, receipt, state.condition, heat)
 
     def abort(self, state: State) -> None:
         """Free a state's lanes at once, at any row; nothing of it is kept. Aborting twice does nothing."""
@@ -191,7 +196,7 @@ class Session:
         if bound is None:
             bound = self._expand(plan)
             self.executor.check(bound)
-            self.executor.prepare(bound, self._shape_of(bound), self._batch)
+            self.executor.prepare(bound, self._shape_of(bound), self._batch, self.kept)
             if self.probe is not None:
                 self.probe.cover(bound)
                 self.executor.one_by_one = self.probe.one_by_one
@@ -203,13 +208,20 @@ class Session:
                     del self._caches[old]
         return bound
 
-    def _remember(self, state: State) -> None:
+    def _remember(self, state: State, values: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:
         """Memory for what the request keeps, and for what its guards compare with."""
         plan, spec = state.plan, self.denoiser.spec
         if state.caches.planes:
             state.kept = Kept(self.kept, state.caches, len(state.lanes))
             if spec.width and plan.binding is not None:
                 state.kept.reserve((plan.binding.tokens, spec.width), state.pool.state[:0])
+        if merges(plan):
+            state.merges = Merges(state.seeds, state.pictures, guided(plan))
+        if tokens_of(plan):
+            like, seed = state.pool.net[:0], state.request.signed_seed
+            where = spec.layout(state.pool.shape), like, values, tensors.get("mask")
+            state.tokens = Tokens(plan, state.pictures, seed, *where)
+            state.tokens.kept = state.kept
         if any(step.guard is not None for step in plan.steps):
             state.watch = Watch(len(state.lanes))
 

@@ -34,6 +34,7 @@ class Stepper:
         draw: makes the next normal draw [n, ...], in the order in which the rows read them.
         dtype: of the state inside, float32 or float64.
         lowered: tables of this plan by the numbers of the request; read and filled, so that runs share them.
+        patch: edge of an image token along every spatial axis, of plans with token rows.
     Raises: UnsupportedError for an input without default, or an op beyond the fused step.
     """
 
@@ -47,7 +48,9 @@ class Stepper:
         draw: Draw,
         dtype: torch.dtype = torch.float32,
         lowered: dict[Any, Lowered] | None = None,
+        patch: Sequence[int] = (),
     ) -> None:
+        self.patch = tuple(patch)
         self.plan, self._draw, self._dtype = plan, draw, like.dtype
         driven, self._draws = _driven(plan)
         tensors = frozenset(name for row in self._draws for name in row) | {"x_init"}
@@ -106,30 +109,35 @@ class Stepper:
         """Replace the state the next row reads by x [n, ...]; history stays."""
         self._pool.state[self._slots[self.step.x]] = x.to(self._pool.dtype)
 
-    def advance(self, outs: Sequence[Tensor]) -> Tensor:
+    def advance(self, outs: Sequence[Tensor], classes: Tensor | None = None) -> Tensor:
         """Execute the next row on its network outputs, one [n, ...] a branch, and the rows without evaluation after it.
 
+        classes: of the image tokens, uint8 [n, N], for rows with coefficients by token age.
         Returns: a new tensor [n, ...]: the state that the following evaluation reads (before its `x_scale`), or the
         result after the last row.
         """
-        return self._idle(self._execute([out.contiguous() for out in outs]))
+        return self._idle(self._execute([out.contiguous() for out in outs], classes))
 
     def _idle(self, x: Tensor) -> Tensor:
         while not self.done and self.step.variant is None:
             x = self._execute(())
         return x
 
-    def _execute(self, outs: Sequence[Tensor]) -> Tensor:
+    def _execute(self, outs: Sequence[Tensor], classes: Tensor | None = None) -> Tensor:
         for name in self._draws[self.row]:
             self._pool.state[self._slots[f"input:{name}"]] = self._draw().to(self._pool.dtype)
         lowered, pool = self._lowered, self._pool
         feed = torch.empty((self._n, *pool.shape), dtype=self._dtype, device=pool.device)
-        for kernel_row in range(*lowered.spans[self.row]):
+        for kernel_row in lowered.launches(lowered.spans[self.row]):
+            by_class: dict[str, Any] = {}
+            if kernel_row in lowered.fans:
+                assert classes is not None, f"step {self.row} has coefficients by token age and is told no classes"
+                by_class = {"classes": classes, "patch": self.patch}
             call = (pool.state, outs, pool.table, self._kernel_rows[kernel_row], self._lanes)
             if lowered.reduces(kernel_row):
                 self._adjust = sample_adjust(*call, tensors=pool.tensors)
             else:
-                solver_step(*call, net=feed, tensors=pool.tensors, adjust=self._adjust)
+                solver_step(*call, net=feed, tensors=pool.tensors, adjust=self._adjust, **by_class)
         self.row += 1
         if not self.done and self.step.variant is not None:
             return feed

@@ -10,7 +10,9 @@ import re
 from collections.abc import Sized
 
 from vivace.engine import plan as p
+from vivace.engine.merge_rows import MergeWalk
 from vivace.engine.verify_caches import CacheWalk
+from vivace.engine.verify_tokens import TokenWalk
 from vivace.errors import PlanError
 
 SLOT = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -22,6 +24,7 @@ DTYPES = {"float64": 8, "float32": 4, "float16": 2}  # of side-car tensors, with
 # Far beyond any published method, low enough that a hostile plan costs little time and memory.
 MAX_ROWS, MAX_OPS, MAX_TERMS, MAX_SLOTS, MAX_DRAWS = 20_000, 64, 256, 240, 1 << 30
 MAX_BLOCKS, MAX_RULES = 4096, 1024
+MAX_CLASSES = 64  # of tokens by age
 MAX_TENSORS, MAX_RANK, MAX_ELEMENTS = 1024, 8, 1 << 32  # elements: of all side-car tensors
 # Required and optional parameters, and how many slots are read besides the one changed.
 TRANSFORMS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -49,6 +52,7 @@ def verify(plan: p.Plan) -> p.Plan:
         walk.op("init", -1, op)
     for i, step in enumerate(plan.steps):
         walk.row(i, step)
+    walk.tokens.end()
     if "x" not in walk.live:
         raise PlanError(f"plan: no row writes slot 'x', which holds the result (live: {walk.names()})")
     if len(walk.used) > MAX_SLOTS:
@@ -64,8 +68,11 @@ class _Walk:
         self.live: dict[str, int] = {}  # slot -> row that wrote it (-1: init)
         self.raw: dict[str, int] = {}  # slot that holds a raw network output -> row of its evaluation
         self.caches = CacheWalk(None if plan.binding is None else plan.binding.blocks)
+        self.tokens = TokenWalk(plan)
+        self.merges = MergeWalk(any(step.guard is not None for step in plan.steps))
         self.used: set[str] = set()  # slots an op or the network touches, inputs included
         self.tensors = {info.key for info in plan.tensors}
+        self.ages: int | None = None  # classes of every AgeRef
         self.level = math.inf
         self.evaluated = False
 
@@ -103,12 +110,15 @@ class _Walk:
             _finite(where, "forecast weight", weight)
         for name, coef in step.net_inputs:
             _name(where, "net input", name)
+            if isinstance(coef, p.AgeRef):
+                raise PlanError(f"{where}: net input {name!r} goes by token age; the network takes one number a row")
             self._coef(where, f"net input {name!r}", coef)
 
     def _evaluation(self, where: str, i: int, step: p.Step, variant: p.Variant) -> None:
         if step.x not in self.live:
             raise PlanError(f"{where}: the network reads empty slot {step.x!r} (live: {self.names()})")
         self._variant(where, variant, step)
+        self.tokens.note(variant)
         self.used.update((step.x, *step.outs))
         if len(step.outs) != len(variant.branches) or len(set(step.outs)) != len(step.outs):
             raise PlanError(
@@ -154,11 +164,11 @@ class _Walk:
         if binding is not None and variant.keep != tokens and variant.keep % binding.token_group:
             raise PlanError(f"{where}: keep {variant.keep:g}; need a multiple of the token group {binding.token_group}")
         for rule in variant.rules:
-            _rule(where, rule, None if binding is None else binding.blocks, branches)
+            _rule(where, rule, None if binding is None else _parts(binding, rule), branches)
         check_conflicts(where, variant)
+        self.tokens.check(where, step, variant)
         self.caches.read(where, variant, step, not self.evaluated)
-        if not self.evaluated and variant.keep != tokens:
-            raise PlanError(f"{where}: the first evaluated row must be full; keep is {variant.keep:g} of {tokens}")
+        self.merges.check(where, variant, tokens)
 
     def op(self, where: str, i: int, op: p.Op) -> None:
         dst = p.writes(op)
@@ -209,13 +219,19 @@ class _Walk:
             if coef.default is not None:
                 _finite(where, f"default of input {coef.name!r}", coef.default)
         elif isinstance(coef, p.AgeRef):
-            if not coef.values:
-                raise PlanError(f"{where}: {what} has an empty table of ages")
-            _count(where, f"ages of {what}", coef.values, MAX_TERMS)
-            for value in coef.values:
-                _finite(where, what, value)
+            self._ages(where, what, coef)
         else:
             _finite(where, what, coef)
+
+    def _ages(self, where: str, what: str, coef: p.AgeRef) -> None:
+        if len(coef.values) < 3:
+            raise PlanError(f"{where}: {what} has {len(coef.values)} ages; skipped, steady and older tokens need 3")
+        _count(where, f"ages of {what}", coef.values, MAX_CLASSES)
+        if self.ages not in (None, len(coef.values)):
+            raise PlanError(f"{where}: {what} has {len(coef.values)} ages, others have {self.ages}; use as many")
+        self.ages = len(coef.values)
+        for value in coef.values:
+            _finite(where, what, value)
 
 
 def _finite(where: str, name: str, value: object) -> None:
@@ -267,8 +283,8 @@ def _binding(binding: p.Binding) -> None:
     sizes = (binding.blocks, binding.tokens, binding.token_group, *binding.latent_shape, binding.width or 1)
     if not binding.latent_shape or len(binding.latent_shape) > MAX_RANK or any(not 0 < n < 1 << 53 for n in sizes):
         raise PlanError(f"binding: {_short(binding)}; all sizes must be positive, the latent of 1 to {MAX_RANK} axes")
-    if binding.blocks > MAX_BLOCKS:
-        raise PlanError(f"binding: a model of {binding.blocks} blocks; at most {MAX_BLOCKS}")
+    if max(binding.blocks, binding.layers) > MAX_BLOCKS or binding.layers < 0:
+        raise PlanError(f"binding: a model of {binding.blocks} blocks, {binding.layers} layers; at most {MAX_BLOCKS}")
 
 
 def _slot_name(where: str, slot: str) -> None:
@@ -288,6 +304,11 @@ def _transform(where: str, op: p.Transform) -> None:
         low, high = p.coefs(op)
         if isinstance(low, float) and isinstance(high, float) and low > high:
             raise PlanError(f"{where}: clamp of {op.slot!r} to [{low}, {high}]; low must not exceed high")
+
+
+def _parts(binding: p.Binding, rule: p.Rule) -> int:
+    """What the range of a rule counts, in the model."""
+    return binding.layers if rule.site == "layer" else binding.blocks
 
 
 def _rule(where: str, rule: p.Rule, blocks: int | None, branches: tuple[str, ...]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vivace.engine import plan as p
-from vivace.engine.caching import RANGES, READS
+from vivace.engine.caching import KEYS, RANGES, READS, attends
+from vivace.engine.token_rows import focused
 from vivace.errors import PlanError
 
 MAX_CELLS = 1 << 20  # (block, site, branch) over all cache rules of a plan
@@ -22,6 +23,7 @@ class CacheWalk:
         self._kept: dict[Key, int] = {}
         self._rows: dict[Key, int] = {}
         self._stores: dict[Key, str | None] = {}
+        self._parts: dict[Key, tuple[str, int]] = {}  # where the last row was that kept some tokens, keeps since
         self._count = 0
 
     def read(self, where: str, variant: p.Variant, step: p.Step, first: bool) -> None:
@@ -35,10 +37,45 @@ class CacheWalk:
                     )
                 self._read(where, variant, rule, step)
         self._check_inside(where, variant)
+        self._check_keys(where, variant)
+
+    def _check_keys(self, where: str, variant: p.Variant) -> None:
+        """Raise PlanError unless keys and values are kept by full rows, and read by all attention of token rows."""
+        some = focused(variant)
+        held = set[Key]()
+        if variant.selector == "attention" and not any(rule.site == "received" for rule in variant.rules):
+            raise PlanError(f"{where}: selector 'attention' ranks by site 'received'; add REUSE of it in one block")
+        for rule in variant.rules:
+            if rule.site not in KEYS or rule.action is None:
+                continue
+            wanted = p.Action.REUSE if some else p.Action.COMPUTE
+            if rule.action != wanted or rule.order:
+                row = "computes some tokens reads them" if some else "computes all tokens keeps them"
+                raise PlanError(
+                    f"{where}: {rule.action.name}{f' of order {rule.order}' if rule.order else ''} of site "
+                    f"{rule.site!r}; a row that {row} ({wanted.name}, order 0)"
+                )
+            held.update(_cells(variant, rule))
+        if some and self.blocks is None and not held:
+            raise PlanError(f"{where}: it computes some tokens and reads no keys and values (site 'kv') of the others")
+        for block in range(self.blocks or 0) if some else ():
+            for branch in variant.branches:
+                if attends(variant, block, branch) and (variant.model, block, "kv", branch) not in held:
+                    raise PlanError(
+                        f"{where}: it computes some tokens; attention of block {block} branch {branch!r} needs REUSE "
+                        "of site 'kv'"
+                    )
 
     def _read(self, where: str, variant: p.Variant, rule: p.Rule, step: p.Step) -> None:
         need = rule.order + 1 if rule.action == p.Action.FORECAST else 1
         for key in self._walked(where, variant, rule):
+            if rule.site in KEYS and not _attends(variant, key):
+                continue
+            if key in self._parts and 1 < need > self._parts[key][1]:
+                raise PlanError(
+                    f"{where}: FORECAST of block {key[1]} site {rule.site!r} from values of which "
+                    f"{self._parts[key][0]} computed some tokens; forecast from full rows, or reuse"
+                )
             have = self._kept.get(key, 0)
             if have < need:
                 raise PlanError(
@@ -53,7 +90,7 @@ class CacheWalk:
             )
 
     def keep(self, where: str, row: int, variant: p.Variant, guarded: bool) -> None:
-        """Note what a row keeps; what a guard may leave out counts as one value where there was one before."""
+        """Note what a row keeps; what a guard or some tokens leave out is one value where there was one before."""
         orders: dict[Key, int] = {}  # several rules may speak of a cell; it is kept once
         for rule in variant.rules:
             if rule.action != p.Action.COMPUTE:
@@ -63,7 +100,14 @@ class CacheWalk:
                     f"{where}: order {rule.order} kept in {rule.store}; differences of order 2 and more lose their "
                     "bits there, so keep them in fp32 or lower the order"
                 )
+            if rule.order and focused(variant):
+                raise PlanError(
+                    f"{where}: order {rule.order} kept of site {rule.site!r} by a row that computes some tokens; its "
+                    "differences would be of some rows for some tokens, so keep order 0"
+                )
             for key in self._walked(where, variant, rule):
+                if rule.site in KEYS and not _attends(variant, key):
+                    continue
                 orders[key] = max(orders.get(key, 0), rule.order)
                 if self._stores.setdefault(key, rule.store) != rule.store:
                     raise PlanError(
@@ -72,8 +116,13 @@ class CacheWalk:
                     )
         for key, order in orders.items():
             before = self._kept.get(key, 0)
-            self._kept[key] = min(1, before) if guarded else min(before, order) + 1
+            part = guarded or focused(variant)  # of what it leaves out the value before stays
+            self._kept[key] = min(1, before) if part else min(before, order) + 1
             self._rows[key] = row
+            if focused(variant):
+                self._parts[key] = where, 0
+            elif key in self._parts:
+                self._parts[key] = self._parts[key][0], self._parts[key][1] + 1
 
     def source(self, variant: p.Variant, branch: str, row: int) -> int:
         """The row whose output a branch of this row gives: an earlier one where every block's output is reused."""
@@ -91,9 +140,9 @@ class CacheWalk:
         for outer in ranges:
             for rule in variant.rules:
                 branches = set(rule.branches or variant.branches) & set(outer.branches or variant.branches)
-                if rule.action is None or rule.site == outer.site or not branches:
-                    continue
-                if _overlap(rule.blocks, outer.blocks):
+                if rule.action is None or rule.site in (outer.site, *KEYS) or not branches:
+                    continue  # keys and values of a block that does not run are left as they are
+                if "layer" in (outer.site, rule.site) or _overlap(rule.blocks, outer.blocks):
                     raise PlanError(
                         f"{where}: {rule.action.name} of site {rule.site!r} in blocks {rule.blocks}, which do not run: "
                         f"site {outer.site!r} of blocks {outer.blocks} is reused; leave one of the two"
@@ -115,6 +164,11 @@ def _cells(variant: p.Variant, rule: p.Rule) -> Iterator[Key]:
     for branch in rule.branches or variant.branches:
         for block in blocks:
             yield variant.model, block, rule.site, branch
+
+
+def _attends(variant: p.Variant, key: Key) -> bool:
+    """Keys and values of a cell are made in a row, as far as that can be told: unbound ranges are looked at later."""
+    return not isinstance(key[1], int) or attends(variant, key[1], key[3])
 
 
 def _overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:

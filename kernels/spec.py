@@ -127,6 +127,7 @@ _OPS = (
     "fp8_linear",
     "fp8_quantize_tokens",
     "gated_residual",
+    "gather_tokens",
     "gelu",
     "int8_attention",
     "int8_linear",
@@ -137,6 +138,8 @@ _OPS = (
     "qk_norm_rope",
     "quantize_tokens",
     "sample_adjust",
+    "scatter_tokens",
+    "select_tokens",
     "solver_step",
 )
 

@@ -16,6 +16,7 @@ OPS = (
     "fp8_linear",
     "fp8_quantize_tokens",
     "gated_residual",
+    "gather_tokens",
     "gelu",
     "int8_attention",
     "int8_linear",
@@ -26,6 +27,8 @@ OPS = (
     "qk_norm_rope",
     "quantize_tokens",
     "sample_adjust",
+    "scatter_tokens",
+    "select_tokens",
     "solver_step",
 )
 

@@ -20,14 +20,17 @@ using Address = uintptr_t;
 using PlaneNumbers = std::array<int64_t, 5>;
 using Lanes = std::vector<int64_t>;
 using Sizes = std::array<int64_t, 3>;
+using Ids = std::array<int64_t, 3>;  // address, 0: none; samples; tokens that are kept
 
 // The planes of each row of a call.
 struct Planes {
-  Planes(const char* op, const PlaneNumbers& numbers, const Lanes& lanes, const Sizes& sizes, int64_t planes) {
+  Planes(const char* op, const PlaneNumbers& numbers, const Lanes& lanes, const Ids& ids, const Sizes& sizes,
+         int64_t planes) {
     const auto [address, code, count, most, scales] = numbers;
-    const auto [batch, tokens, width] = sizes;
-    const RowShape shape{batch, tokens, width};
-    if (!has_rows(op, shape)) return;
+    const auto [batch, some_tokens, width] = sizes;
+    if (!has_rows(op, {batch, some_tokens, width})) return;
+    some = {reinterpret_cast<const int32_t*>(ids[0]), ids[1], ids[2]};
+    const int64_t tokens = some.ids == nullptr ? some_tokens : some.tokens;
     if (code < 0 || code > static_cast<int64_t>(Dtype::kFloat8)) fail(op, ": nothing is kept in dtype ", code);
     if (static_cast<int64_t>(lanes.size()) != batch) fail(op, ": ", lanes.size(), " lanes for a batch of ", batch);
     if (planes > most) fail(op, ": ", planes, " planes of ", most);
@@ -42,18 +45,19 @@ struct Planes {
     }
   }
 
-  KeptRows kept() const { return {rows.data(), dtype}; }
+  KeptRows kept() const { return {rows.data(), dtype, some}; }
 
   std::vector<KeptRow> rows;
   Dtype dtype = Dtype::kFloat32;
+  TokenIds some{};
 };
 
 void py_cache_update(const PlaneNumbers& kept, const Lanes& lanes, const RowTensor& fresh, const RowTensor& base,
-                     int64_t made, const RowTensor& hidden, const RowTensor& gate, const RowTensor& out,
+                     int64_t made, const RowTensor& hidden, const RowTensor& gate, const RowTensor& out, const Ids& ids,
                      const Sizes& sizes, int64_t threads) {
   if (made < 0 || made >= kept[3]) fail("cache_update: ", made, " differences of ", kept[3], " planes");
   const py::gil_scoped_release unlocked;
-  const Planes planes("cache_update", kept, lanes, sizes, made + 1);
+  const Planes planes("cache_update", kept, lanes, ids, sizes, made + 1);
   for (size_t i = 0; i < lanes.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
       if (lanes[i] == lanes[j]) fail("cache_update: lane ", lanes[i], " is given twice");
@@ -63,10 +67,10 @@ void py_cache_update(const PlaneNumbers& kept, const Lanes& lanes, const RowTens
 }
 
 void py_cache_apply(const PlaneNumbers& kept, const Lanes& lanes, Address weights, int64_t terms,
-                    const RowTensor& hidden, const RowTensor& gate, const RowTensor& out, const Sizes& sizes,
-                    int64_t threads) {
+                    const RowTensor& hidden, const RowTensor& gate, const RowTensor& out, const Ids& ids,
+                    const Sizes& sizes, int64_t threads) {
   const py::gil_scoped_release unlocked;
-  const Planes planes("cache_apply", kept, lanes, sizes, terms);
+  const Planes planes("cache_apply", kept, lanes, ids, sizes, terms);
   cache_apply({planes.kept(),
                reinterpret_cast<const float*>(weights),
                terms,

@@ -57,14 +57,16 @@ DitAction parse_action(const std::string& name) {
   if (name == "open") return DitAction::kOpen;
   if (name == "keep") return DitAction::kKeep;
   if (name == "apply") return DitAction::kApply;
-  fail("Dit: action ", name, " is none of open, keep, apply");
+  if (name == "keys") return DitAction::kKeys;
+  fail("Dit: action ", name, " is none of open, keep, apply, keys");
 }
 
 DitCell parse_cell(const std::string& name) {
   if (name == "attn" || name == "mlp") return DitCell::kHalf;
   if (name == "residual") return DitCell::kResidual;
   if (name == "block") return DitCell::kBlock;
-  fail("Dit: site ", name, " is none of attn, mlp, residual, block");
+  if (name == "kv") return DitCell::kHeads;
+  fail("Dit: site ", name, " is none of attn, mlp, residual, block, kv");
 }
 
 Activation parse_gelu(const std::string& name) {
@@ -140,7 +142,8 @@ std::pair<std::optional<Clock>, int64_t> run_dit(const Dit& dit, const Latents& 
                                                  const std::vector<Address>& x_scales, const std::vector<Address>& outs,
                                                  Address arena, int64_t arena_bytes, int64_t threads, bool clocked,
                                                  bool checked, const Uses* uses, const std::vector<float>& weights,
-                                                 int64_t first, const std::vector<Address>& from,
+                                                 const std::pair<Address, int64_t>& some, int64_t first,
+                                                 const std::vector<Address>& from,
                                                  std::optional<std::tuple<int64_t, Address, Address>> look) {
   const auto samples = static_cast<int64_t>(lanes.size());
   const size_t rows = modulations.size();
@@ -175,6 +178,8 @@ std::pair<std::optional<Clock>, int64_t> run_dit(const Dit& dit, const Latents& 
                      threads,
                      clocked ? clock.data() : nullptr,
                      checked ? &fault : nullptr,
+                     pointer<const int32_t>(some.first),
+                     some.second,
                      kept.data(),
                      static_cast<int64_t>(kept.size()),
                      first,
@@ -199,11 +204,13 @@ void bind_dit(py::module_& module) {
       .def(py::init(&make_dit), py::kw_only(), py::arg("heads"), py::arg("patch"), py::arg("channels"),
            py::arg("out_channels"), py::arg("gelu"), py::arg("eps"), py::arg("dtype"), py::arg("patches"),
            py::arg("blocks"), py::arg("final"))
-      .def("arena_bytes", &Dit::arena_bytes, py::arg("rows"), py::arg("samples"), py::arg("tokens"), py::arg("threads"))
+      .def("arena_bytes", &Dit::arena_bytes, py::arg("rows"), py::arg("samples"), py::arg("tokens"), py::arg("threads"),
+           py::arg("some") = false)
       .def("run", &run_dit, py::kw_only(), py::arg("x"), py::arg("capacity"), py::arg("lanes"), py::arg("size"),
            py::arg("positions"), py::arg("modulations"), py::arg("x_scales"), py::arg("outs"), py::arg("arena"),
            py::arg("arena_bytes"), py::arg("threads"), py::arg("clock") = false, py::arg("check") = false,
-           py::arg("uses") = py::none(), py::arg("weights") = std::vector<float>(), py::arg("first") = 0,
+           py::arg("uses") = py::none(), py::arg("weights") = std::vector<float>(),
+           py::arg("some") = std::pair<Address, int64_t>(0, 0), py::arg("first") = 0,
            py::arg("start") = std::vector<Address>(), py::arg("look") = py::none());
 }
 

@@ -12,6 +12,7 @@
 #include "bindings/cache.h"
 #include "bindings/dit.h"
 #include "bindings/rows.h"
+#include "bindings/tokens.h"
 #include "core/error.h"
 #include "core/machine.h"
 #include "ops/adaln_modulate.h"
@@ -113,7 +114,7 @@ void py_solver_step(Address pool, int64_t slots, int64_t capacity, int64_t numel
                     Address net, const std::string& net_dtype, const std::vector<Address>& tensors, Address ints,
                     Address floats, int64_t table_rows, const Ints& rows, const Ints& index,
                     const std::optional<Ints>& seeds, const std::optional<Ints>& pictures, int64_t threads,
-                    Address adjust, int64_t stream_above) {
+                    Address adjust, int64_t stream_above, Address classes, const Ints& sizes, const Ints& edges) {
   Rows shared{"solver_step", pool,       slots, capacity, numel, outs,     tensors, ints,
               floats,        table_rows, rows,  index,    seeds, pictures, threads};
   SolverStepArgs args = shared.args();
@@ -121,6 +122,9 @@ void py_solver_step(Address pool, int64_t slots, int64_t capacity, int64_t numel
   args.net_dtype = parse_dtype(net_dtype);
   args.adjust = pointer<float>(adjust);
   args.stream_above = stream_above;
+  args.classes = pointer<uint8_t>(classes);
+  if (edges.size() != sizes.size()) fail("solver_step: ", sizes.size(), " sizes and ", edges.size(), " edges");
+  args.sizes = sizes.data(), args.edges = edges.data(), args.axes = static_cast<int64_t>(sizes.size());
   const py::gil_scoped_release unlocked;
   solver_step(args);
 }
@@ -264,14 +268,33 @@ using HeadNumbers = std::array<int64_t, 4>;
 
 HeadTensor heads(const HeadNumbers& n) { return {pointer<void>(n[0]), n[1], n[2], n[3]}; }
 
-// Sizes: batch, heads, queries, keys, width.
+// Where the part of every lane begins; data 0: nowhere.
+std::vector<const void*> parts_at(const HeadNumbers& n, Dtype dtype, const Ints& lanes, int64_t parts) {
+  std::vector<const void*> at;
+  for (const int64_t lane : lanes) {
+    if (lane < 0 || lane >= parts) fail("attention: lane ", lane, " of ", parts);
+    const int64_t offset = lane * n[1] * dtype_size(dtype);
+    at.push_back(n[0] == 0 ? nullptr : pointer<char>(static_cast<Address>(n[0])) + offset);
+  }
+  return at;
+}
+
+// Sizes: batch, heads, queries, keys, width; lanes: which of so many parts of key and value each sample reads.
 void py_attention(const HeadNumbers& out, const HeadNumbers& query, const HeadNumbers& key, const HeadNumbers& value,
-                  const std::array<int64_t, 5>& sizes, int64_t dtype, float scale, int64_t threads) {
+                  const std::array<int64_t, 5>& sizes, int64_t dtype, float scale, int64_t threads,
+                  const std::optional<Ints>& lanes, int64_t parts) {
   const py::gil_scoped_release unlocked;
   if (dtype != static_cast<int32_t>(dtype)) fail("attention: there are no heads of dtype ", dtype);
-  attention({heads(query), heads(key), heads(value), heads(out), static_cast<Dtype>(dtype), sizes[0], sizes[1],
-             sizes[2], sizes[3], sizes[4], scale},
-            threads);
+  AttentionArgs args{heads(query), heads(key), heads(value), heads(out), static_cast<Dtype>(dtype), sizes[0], sizes[1],
+                     sizes[2],     sizes[3],   sizes[4],     scale};
+  std::vector<const void*> keys, values;
+  if (lanes) {
+    if (static_cast<int64_t>(lanes->size()) != args.batch)
+      fail("attention: ", lanes->size(), " lanes for a batch of ", args.batch);
+    keys = parts_at(key, args.dtype, *lanes, parts), values = parts_at(value, args.dtype, *lanes, parts);
+    args.key_at = keys.data(), args.value_at = values.data();
+  }
+  attention(args, threads);
 }
 
 // x and out (address, strides of sample, token, head), weight and bias (address or 0, dtype, size), tokens, heads.
@@ -324,7 +347,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("numel"), py::arg("outs"), py::arg("net"), py::arg("net_dtype"), py::arg("tensors"),
              py::arg("ints"), py::arg("floats"), py::arg("table_rows"), py::arg("rows"), py::arg("index"),
              py::arg("seeds"), py::arg("pictures"), py::arg("threads"), py::arg("adjust") = 0,
-             py::arg("stream_above") = -1);
+             py::arg("stream_above") = -1, py::arg("classes") = 0, py::arg("sizes") = Ints{},
+             py::arg("edges") = Ints{});
   module.def("sample_adjust", &py_sample_adjust, py::kw_only(), py::arg("adjust"), py::arg("pool"), py::arg("slots"),
              py::arg("capacity"), py::arg("numel"), py::arg("outs"), py::arg("tensors"), py::arg("ints"),
              py::arg("floats"), py::arg("table_rows"), py::arg("rows"), py::arg("index"), py::arg("seeds"),
@@ -332,7 +356,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("philox_normal", &py_philox_normal, py::arg("out"), py::arg("numel"), py::arg("seeds"),
              py::arg("pictures"), py::arg("draw"), py::arg("threads"));
   // Positional: names would cost more than the rest of a call.
-  module.def("attention", &py_attention);
+  module.def("attention", &py_attention, py::arg("out"), py::arg("query"), py::arg("key"), py::arg("value"),
+             py::arg("sizes"), py::arg("dtype"), py::arg("scale"), py::arg("threads"), py::arg("lanes") = py::none(),
+             py::arg("parts") = 0);
   module.def("gated_residual", &py_gated_residual);
   module.def("norm_modulate", &py_norm_modulate);
   module.def("adaln_modulate", &py_adaln_modulate);
@@ -360,4 +386,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("copy_stream", copy(&copy_stream), py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("threads"));
   bind_cache(module);
   bind_dit(module);
+  bind_tokens(module);
 }

@@ -5,6 +5,7 @@
 #include "ops/attention.h"
 #include "ops/cache_apply.h"
 #include "ops/cache_update.h"
+#include "ops/gather_tokens.h"
 #include "ops/gelu.h"
 #include "ops/int8_linear.h"
 #include "ops/int8_norm_modulate.h"
@@ -13,6 +14,8 @@
 #include "ops/qk_norm_rope.h"
 #include "ops/quantize_tokens.h"
 #include "ops/sample_adjust.h"
+#include "ops/scatter_tokens.h"
+#include "ops/select_tokens.h"
 #include "ops/solver_step.h"
 #include "simd/kernels.h"
 
@@ -30,6 +33,9 @@
 #include "ops/kept.inl"
 #include "ops/cache_update.inl"
 #include "ops/cache_apply.inl"
+#include "ops/gather_tokens.inl"
+#include "ops/scatter_tokens.inl"
+#include "ops/select_tokens.inl"
 #include "ops/gemm.inl"
 #include "ops/attention.inl"
 #include "ops/linear.inl"
@@ -44,6 +50,7 @@ namespace vivace::VV_NAMESPACE {
 extern const Kernels kKernels = {VV_QUOTED(VV_NAMESPACE),
                                  kBlock,
                                  step_span,
+                                 pick_elements,
                                  count_keys,
                                  add_moments,
                                  normal_span,
@@ -56,6 +63,9 @@ extern const Kernels kKernels = {VV_QUOTED(VV_NAMESPACE),
                                  int8_norm_modulate_rows,
                                  cache_update_rows,
                                  cache_apply_rows,
+                                 gather_tokens_rows,
+                                 scatter_tokens_rows,
+                                 pixel_metrics,
                                  qk_norm_rope_tokens,
                                  linear_task,
                                  int8_linear_task,

@@ -12,12 +12,15 @@
 namespace vivace {
 
 // Heads of `width` elements side by side: float32 or bfloat16; strides of what is read may be 0. out may be query, and
-// shares no memory with key or value.
+// shares no memory with key or value. Keys and values of a sample may lie anywhere, as those kept from an earlier row
+// do: key_at and value_at then say where they begin, and neither data nor sample_stride of key or value is read.
 struct AttentionArgs {
   HeadTensor query, key, value, out;  // [batch, queries | keys | keys | queries, heads, width]
   Dtype dtype;
   int64_t batch, heads, queries, keys, width;
-  float scale;  // more than 0
+  float scale;                          // more than 0
+  const void* const* key_at = nullptr;  // [batch]
+  const void* const* value_at = nullptr;
 };
 
 // How a task goes about its block, from the sizes alone. Offsets into its scratch count floats.
@@ -32,6 +35,7 @@ AttentionBlocks attention_blocks(const AttentionArgs& args);
 // on any thread, each with `attention_scratch` floats of its own. Neither allocates nor throws.
 int64_t attention_tasks(const AttentionArgs& args);
 int64_t attention_scratch(const AttentionArgs& args);
+int64_t attention_most_scratch(const AttentionArgs& args);  // enough with fewer queries or keys, too
 void attention_task(const AttentionArgs& args, int64_t task, float* scratch);
 
 // Throws unless the arguments are a legal call.

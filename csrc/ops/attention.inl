@@ -42,6 +42,15 @@ VV_INLINE HeadRows<T> rows_of(const HeadTensor& tensor, int64_t sample, int64_t 
   return {data + first * tensor.token_stride, tensor.token_stride};
 }
 
+// The same of keys or values, whose samples may lie anywhere: at[sample] is where one begins.
+template <typename T>
+VV_INLINE HeadRows<T> rows_of(const HeadTensor& tensor, const void* const* at, int64_t sample, int64_t head,
+                              int64_t first) {
+  if (at == nullptr) return rows_of<T>(tensor, sample, head, first);
+  const T* data = static_cast<const T*>(at[sample]) + head * tensor.head_stride;
+  return {data + first * tensor.token_stride, tensor.token_stride};
+}
+
 // whole(i) for vectors that cover [begin, end), the last one moved back to end there; where there is less than one
 // vector, part(i) for every element.
 template <typename Whole, typename Part>
@@ -279,8 +288,8 @@ struct AttentionTask {
     for (int64_t q = 0; q < end - begin; ++q) states()[q] = {kLeast, 0.0f};
     for (int64_t first = 0; first < args.keys; first += b.keys) {
       const int64_t count = args.keys - first < b.keys ? args.keys - first : b.keys;
-      pack_keys(rows_of<T>(args.key, sample, head, first), count, args.width, b.words, scratch + b.key_at);
-      pack_values(rows_of<T>(args.value, sample, head, first), count, args.width, scratch + b.value_at);
+      pack_keys(rows_of<T>(args.key, args.key_at, sample, head, first), count, args.width, b.words, scratch + b.key_at);
+      pack_values(rows_of<T>(args.value, args.value_at, sample, head, first), count, args.width, scratch + b.value_at);
       for (int64_t strip = begin; strip < end; strip += b.strip) {
         const int64_t rows = end - strip < b.strip ? end - strip : b.strip;
         add_strip(strip, rows, first, count);

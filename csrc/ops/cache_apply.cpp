@@ -9,6 +9,7 @@ bool check_cache_apply(const CacheApplyArgs& args) {
   const char* op = "cache_apply";
   if (!has_rows(op, args.shape)) return false;
   check_kept(op, args.kept, args.shape.batch);
+  check_ids(op, args.kept.some, args.shape.batch, args.shape.tokens);
   if (args.terms < 1) fail(op, ": ", args.terms, " planes to read");
   if (args.weights == nullptr) fail(op, ": weights has no memory");
   check_rows(op, "out", args.out, args.out.dtype, false);

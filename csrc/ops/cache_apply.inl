@@ -30,9 +30,10 @@ struct PlaneRow {
 };
 
 template <typename T, typename K>
-VV_INLINE void apply_row(const CacheApplyArgs& args, int64_t sample, int64_t token, const K* plane, Gate& gate) {
-  const int64_t tokens = args.shape.tokens, width = args.shape.width;
-  const float* scale = args.kept.dtype == Dtype::kInt8 ? args.kept.rows[sample].scales + token : nullptr;
+VV_INLINE void apply_row(const CacheApplyArgs& args, int64_t sample, int64_t token, int64_t at, const K* plane,
+                         Gate& gate) {
+  const int64_t tokens = kept_tokens(args.kept, args.shape.tokens), width = args.shape.width;
+  const float* scale = args.kept.dtype == Dtype::kInt8 ? args.kept.rows[sample].scales + at : nullptr;
   const PlaneRow<K> row{plane, tokens * width, scale, tokens, args.weights + sample * args.terms, args.terms};
   T* out = row_of<T>(args.out, sample, token);
   if (args.hidden.data == nullptr) {
@@ -46,8 +47,9 @@ template <typename T>
 static void apply_rows(const CacheApplyArgs& args, int64_t sample, int64_t begin, int64_t end, float* scratch) {
   Gate gate(args.gate, args.shape.width, scratch);
   for (int64_t token = begin; token < end; ++token) {
-    with_kept(args.kept, sample, token * args.shape.width,
-              [&](const auto* plane) { apply_row<T>(args, sample, token, plane, gate); });
+    const int64_t at = kept_token(args.kept, args.shape.tokens, sample, token);
+    with_kept(args.kept, sample, at * args.shape.width,
+              [&](const auto* plane) { apply_row<T>(args, sample, token, at, plane, gate); });
   }
 }
 

@@ -11,6 +11,7 @@ bool check_cache_update(const CacheUpdateArgs& args) {
   check_rows(op, "fresh", args.fresh, args.fresh.dtype, false);
   if (args.base.data != nullptr) check_rows(op, "base", args.base, args.fresh.dtype, false);
   check_kept(op, args.kept, args.shape.batch);
+  check_ids(op, args.kept.some, args.shape.batch, args.shape.tokens);
   if (args.made < 0) fail(op, ": ", args.made, " differences");
   check_hidden(op, args.hidden, args.gate, args.out);
   return true;

@@ -3,9 +3,9 @@
 //
 //   D_0' = f,  D_{j+1}' = D_j' - D_j for j < made,  out = hidden + gate * f
 //
-// Differences are taken between planes as they are stored; out is of f itself. Arithmetic is float32, products and sums
-// rounded one by one: the same bits on every instruction set, and out is what `gated_residual` or the epilogue of a
-// linear gives.
+// A difference is that of the new value, not rounded yet, to the old plane as it is stored, and is rounded once, by the
+// store; out is of f itself. Arithmetic is float32, products and sums rounded one by one: the same bits on every
+// instruction set, and out is what `gated_residual` or the epilogue of a linear gives.
 #pragma once
 
 #include "ops/kept.h"

@@ -29,22 +29,21 @@ VV_INLINE void keep_row(const Row& row, K* first, const Planes& planes) {
     K* plane = first;
     for (int64_t j = 0; j < planes.made; ++j, plane += planes.stride) {
       const F old = load_at(plane);
-      next = put(plane, next, load_at, store_at) - old;
+      store_at(plane, next);
+      next = next - old;
     }
     store_at(plane, next);
   });
 }
 
-// Integers of `row` over the old ones, and what they differ by; returns the bits of the largest difference.
+// Integers of `row` over the old ones, and what it differs from those by; returns the bits of the largest difference.
 template <bool kDivide>
 VV_INLINE uint32_t write_differences(const float* row, int64_t width, const RowDivisor& divisor, float before,
                                      int8_t* q, float* differences) {
-  const F magic = set1(0x1.8p+23f);
   U most = set1u(0);
   each_vector(width, [&](auto load_at, auto store_at) {
-    const F y = quotient<kDivide, kDivide>(load_at(row), divisor), old = load_at(q) * set1(before);
-    store_at(q, y);
-    const F difference = ((y + magic) - magic) * set1(divisor.step) - old;
+    const F x = load_at(row), difference = x - load_at(q) * set1(before);
+    store_at(q, quotient<kDivide, kDivide>(x, divisor));
     store_at(differences, difference);
     most = max(most, magnitude(difference));
   });
@@ -95,14 +94,15 @@ VV_INLINE void add_row(const CacheUpdateArgs& args, int64_t sample, int64_t toke
 
 template <typename T, bool kBase>
 static void update_rows(const CacheUpdateArgs& args, int64_t sample, int64_t begin, int64_t end, float* scratch) {
-  const int64_t tokens = args.shape.tokens, width = args.shape.width;
+  const int64_t tokens = kept_tokens(args.kept, args.shape.tokens), width = args.shape.width;
   Planes planes{args.made, width, tokens * width, nullptr, tokens, scratch + width};
   Gate gate(args.gate, width, scratch);
   for (int64_t token = begin; token < end; ++token) {
     const FreshRow<T, kBase> row{row_of<const T>(args.fresh, sample, token),
                                  kBase ? row_of<const T>(args.base, sample, token) : nullptr};
-    if (args.kept.dtype == Dtype::kInt8) planes.scale = args.kept.rows[sample].scales + token;
-    with_kept(args.kept, sample, token * width, [&](auto* plane) { keep_row(row, plane, planes); });
+    const int64_t at = kept_token(args.kept, args.shape.tokens, sample, token);
+    if (args.kept.dtype == Dtype::kInt8) planes.scale = args.kept.rows[sample].scales + at;
+    with_kept(args.kept, sample, at * width, [&](auto* plane) { keep_row(row, plane, planes); });
     if (args.hidden.data == nullptr) continue;
     args.hidden.dtype == Dtype::kFloat32 ? add_row<float>(args, sample, token, row, gate.at(sample, token))
                                          : add_row<uint16_t>(args, sample, token, row, gate.at(sample, token));

@@ -13,6 +13,16 @@ void check_kept(const char* op, const KeptRows& kept, int64_t batch) {
   }
 }
 
+void check_ids(const char* op, const TokenIds& some, int64_t batch, int64_t count) {
+  if (some.ids == nullptr) return;
+  if (some.samples < 1 || batch % some.samples != 0)
+    fail(op, ": ids of ", some.samples, " samples for ", batch, " rows");
+  for (int64_t i = 0; i < some.samples * count; ++i) {
+    if (some.ids[i] < 0 || some.ids[i] >= some.tokens)
+      fail(op, ": id ", some.ids[i], " is not one of ", some.tokens, " tokens");
+  }
+}
+
 void check_hidden(const char* op, const RowTensor& hidden, const RowTensor& gate, const RowTensor& out) {
   if (hidden.data == nullptr) return;
   check_rows(op, "hidden", hidden, hidden.dtype, false);

@@ -27,44 +27,24 @@ VV_INLINE F load_row(const Float8* p) {
   return from_bits(max(size, nan & set1u(0x7fc00000u)) ^ (shift_left<24>(byte) & set1u(0x80000000u)));
 }
 
-// A number of e4m3 and its code.
-struct Rounded8 {
-  U code;
-  F value;
-};
-
 // |a|, 448 at most, plus 2^20 times its power of two, that of 2^-6 at least, keeps the places that e4m3 has. The code
 // of NaN follows that of 448.
-VV_INLINE Rounded8 round_to_float8(F a) {
+VV_INLINE void store_row(Float8* p, F a) {
   const U x = bits(a), body = x & set1u(0x7fffffffu), nan = below(set1u(0x7f800000u), body);
   const U size = min(body, set1u(0x43e00000u));
   const U power = max(size & set1u(0x7f800000u), set1u(0x3c800000u));
   const U large = power + set1u(20u << 23);
   const F sum = from_bits(size) + from_bits(large);
   const U code = bits(sum) - large + shift_right<20>(power - set1u(0x3c800000u)) - nan;
-  const U value = max(bits(sum - from_bits(large)), nan & set1u(0x7fc00000u));
-  return {code ^ (shift_right<24>(x) & set1u(0x80u)), from_bits(value ^ (x & set1u(0x80000000u)))};
+  store_bytes(reinterpret_cast<int8_t*>(&p->bits), code ^ (shift_right<24>(x) & set1u(0x80u)));
 }
 
-VV_INLINE void store_row(Float8* p, Rounded8 a) { store_bytes(reinterpret_cast<int8_t*>(&p->bits), a.code); }
-VV_INLINE void store_row(Float8* p, F a) { store_row(p, round_to_float8(a)); }
-
-// Stores a vector and returns what lies there then.
-template <typename K, typename Load, typename Store>
-VV_INLINE F put(K* plane, F a, const Load& load_at, const Store& store_at) {
-  store_at(plane, a);
-  return load_at(plane);
+// How many tokens are kept, and which of them a token of a call is.
+VV_INLINE int64_t kept_tokens(const KeptRows& kept, int64_t tokens) {
+  return kept.some.ids == nullptr ? tokens : kept.some.tokens;
 }
-template <typename Load, typename Store>
-VV_INLINE F put(float* plane, F a, const Load&, const Store& store_at) {
-  store_at(plane, a);
-  return a;
-}
-template <typename Load, typename Store>
-VV_INLINE F put(Float8* plane, F a, const Load&, const Store& store_at) {
-  const Rounded8 rounded = round_to_float8(a);
-  store_at(plane, rounded);
-  return rounded.value;
+VV_INLINE int64_t kept_token(const KeptRows& kept, int64_t tokens, int64_t sample, int64_t token) {
+  return kept.some.ids == nullptr ? token : kept.some.ids[sample % kept.some.samples * tokens + token];
 }
 
 // use(plane) of what a row keeps, `offset` elements on, as a pointer to elements of the store.

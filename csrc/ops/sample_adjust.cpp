@@ -20,19 +20,6 @@ constexpr int64_t kPiece = 2048;                    // a multiple of every block
 constexpr int64_t kMaxElements = int64_t{1} << 31;  // counts are 32-bit
 constexpr int kPasses = 3;
 
-// The same program on the elements from `begin` on.
-StepProgram shifted(const StepProgram& program, int64_t begin) {
-  StepProgram piece = program;
-  piece.first = program.first + begin;
-  for (int j = 0; j < program.sources; ++j) {
-    StepSource& source = piece.source[j];
-    const int64_t size = source.kind == SourceKind::kFloat32 ? 4 : 2;
-    if (source.data != nullptr) source.data = static_cast<const char*>(source.data) + begin * size;
-    if (source.scale != nullptr) source.scale += begin;
-  }
-  return piece;
-}
-
 // The combinations y_0, y_1 of one sample, a piece at a time.
 class Combinations {
  public:

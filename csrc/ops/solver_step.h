@@ -40,6 +40,11 @@ struct SolverStepArgs {
   int64_t threads;                  // upper limit
   int64_t stream_above;             // bytes from which stores go around the cache; negative: the last-level cache
   const float* adjust;              // (low, high, gain) per sample [batch, 3], or null: no output may be adjusted
+  // Class of every token [batch, tokens], or null: an element of sample b runs row rows[b] + the class of its token.
+  // Samples are [channels, *sizes] then, tokens are patches of `edges` of the last `axes` axes in row-major order.
+  const uint8_t* classes;
+  const int64_t *sizes, *edges;
+  int64_t axes;
 };
 
 // Checks every code, row and lane, then writes pool and net in place; throws before it writes anything.

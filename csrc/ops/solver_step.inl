@@ -157,6 +157,18 @@ static void step_loop(const StepProgram& program, int64_t i, int64_t end) {
   stream_fence();
 }
 
+// dst[i] <- src[i] where an element is of class `mine`; src has the dtype of dst.
+template <typename T>
+static void pick_as(T* dst, const T* src, const uint8_t* classes, uint8_t mine, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) dst[i] = classes[i] == mine ? src[i] : dst[i];
+}
+
+static void pick_elements(void* dst, const float* src, const uint8_t* classes, uint8_t mine, int64_t count,
+                          int64_t size) {
+  if (size == 4) return pick_as(static_cast<float*>(dst), src, classes, mine, count);
+  pick_as(static_cast<uint16_t*>(dst), reinterpret_cast<const uint16_t*>(src), classes, mine, count);
+}
+
 static void step_span(const StepProgram& program, int64_t begin, int64_t end) {
   switch (program.outputs) {
     case 1:

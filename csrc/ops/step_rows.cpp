@@ -13,11 +13,11 @@ namespace {
 // One row of the table, with the sample it is applied to: turns codes into pointers, or into an error that says where.
 class RowDecoder {
  public:
-  RowDecoder(const SolverStepArgs& args, const char* op, bool reduces, int64_t sample)
+  RowDecoder(const SolverStepArgs& args, const char* op, bool reduces, int64_t sample, int64_t row)
       : args_(args),
         op_(op),
         reduces_(reduces),
-        row_(args.rows[sample]),
+        row_(row),
         sample_(sample),
         lane_(args.index[sample]),
         ints_(args.ints + row_ * kIntColumns),
@@ -195,6 +195,46 @@ void check_samples(const SolverStepArgs& args, const char* op) {
   if (twice != lanes.end()) fail(op, ": two samples are in lane ", *twice, "; lanes must be distinct");
 }
 
+// Tokens of a sample. Throws where patches do not divide the sample.
+int64_t check_patches(const SolverStepArgs& args, const char* op) {
+  int64_t tokens = 1, elements = 1;
+  for (int64_t axis = 0; axis < args.axes; ++axis) {
+    const int64_t size = args.sizes[axis], edge = args.edges[axis];
+    if (size < 1 || edge < 1 || size % edge != 0) fail(op, ": patches of ", edge, " do not divide an axis of ", size);
+    if (elements > args.numel / size) fail(op, ": classes of more elements than a sample has (", args.numel, ")");
+    elements *= size;
+    tokens *= size / edge;
+  }
+  if (args.numel % elements != 0) {
+    fail(op, ": classes of ", elements, " elements; a sample of ", args.numel, " is no multiple of them");
+  }
+  return tokens;
+}
+
+// From the class of every token to that of every element, axis by axis from the last one.
+void expand_patches(const SolverStepArgs& args, std::vector<uint8_t>& map) {
+  std::vector<uint8_t> wider;
+  size_t inner = 1;  // elements of the axes behind
+  for (int64_t axis = args.axes - 1; axis >= 0; --axis) {
+    const auto edge = static_cast<size_t>(args.edges[axis]);
+    if (edge > 1) {
+      wider.resize(map.size() * edge);
+      const size_t blocks = map.size() / inner;
+      for (size_t block = 0; block < blocks; ++block) {
+        const uint8_t* from = map.data() + block * inner;
+        uint8_t* to = wider.data() + block * edge * inner;
+        if (inner == 1) {
+          for (size_t r = 0; r < edge; ++r) to[r] = *from;
+        } else {
+          for (size_t r = 0; r < edge; ++r) std::copy(from, from + inner, to + r * inner);
+        }
+      }
+      map.swap(wider);
+    }
+    inner *= static_cast<size_t>(args.sizes[axis]);
+  }
+}
+
 int64_t bytes_per_element(const StepProgram& program) {
   int64_t bytes = 0;
   for (int j = 0; j < program.sources; ++j) {
@@ -218,8 +258,47 @@ std::vector<StepProgram> decode_rows(const SolverStepArgs& args, const char* op,
   check_samples(args, op);
   std::vector<StepProgram> programs;
   programs.reserve(static_cast<size_t>(args.batch));
-  for (int64_t b = 0; b < args.batch; ++b) programs.push_back(RowDecoder(args, op, reduces, b).decode());
+  for (int64_t b = 0; b < args.batch; ++b) {
+    programs.push_back(RowDecoder(args, op, reduces, b, args.rows[b]).decode());
+  }
   return programs;
+}
+
+std::vector<ClassedSample> decode_classes(const SolverStepArgs& args, const char* op) {
+  check_sizes(args, op);
+  check_samples(args, op);
+  const int64_t tokens = check_patches(args, op);
+  std::vector<ClassedSample> samples(static_cast<size_t>(args.batch));
+  for (int64_t b = 0; b < args.batch; ++b) {
+    ClassedSample& sample = samples[static_cast<size_t>(b)];
+    sample.map.assign(args.classes + b * tokens, args.classes + (b + 1) * tokens);
+    bool present[256] = {};
+    for (const uint8_t token_class : sample.map) present[token_class] = true;
+    for (int c = 0; c < 256; ++c) {
+      if (!present[c]) continue;
+      const int64_t row = args.rows[b] + c;
+      if (row >= args.table_rows) {
+        fail(op, ": sample ", b, " has tokens of class ", c, " at row ", row, ", but the table has ", args.table_rows,
+             " rows");
+      }
+      sample.classes.push_back(static_cast<uint8_t>(c));
+      sample.programs.push_back(RowDecoder(args, op, false, b, row).decode());
+    }
+    expand_patches(args, sample.map);
+  }
+  return samples;
+}
+
+StepProgram shifted(const StepProgram& program, int64_t begin) {
+  StepProgram piece = program;
+  piece.first = program.first + begin;
+  for (int j = 0; j < program.sources; ++j) {
+    StepSource& source = piece.source[j];
+    const int64_t size = source.kind == SourceKind::kFloat32 ? 4 : 2;
+    if (source.data != nullptr) source.data = static_cast<const char*>(source.data) + begin * size;
+    if (source.scale != nullptr) source.scale += begin;
+  }
+  return piece;
 }
 
 int64_t bytes_of(const std::vector<StepProgram>& programs, int64_t numel) {

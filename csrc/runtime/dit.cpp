@@ -73,12 +73,12 @@ Dit::Dit(const DitSizes& sizes, DitWeights weights) : model_{sizes, std::move(we
   check_layer("final", final, area * sizes.out_channels, width, sizes.dtype);
 }
 
-int64_t Dit::arena_bytes(int64_t rows, int64_t samples, int64_t tokens, int64_t threads) const {
+int64_t Dit::arena_bytes(int64_t rows, int64_t samples, int64_t tokens, int64_t threads, bool some) const {
   check_size("rows", rows), check_size("samples", samples), check_size("tokens", tokens);
   int64_t floats = 0;
   for (int64_t fewer = 1; fewer <= tokens; ++fewer)
-    floats = std::max(floats, scratch_floats(model_, {rows, samples, fewer}));
-  return plan_arena(model_, {rows, samples, tokens}, threads, floats).bytes;
+    floats = std::max(floats, scratch_floats(model_, {rows, samples, fewer, {nullptr, 1, tokens}}));
+  return plan_arena(model_, {rows, samples, tokens, {nullptr, 1, some ? tokens : 0}}, threads, floats).bytes;
 }
 
 void Dit::check(const DitCall& call) const {
@@ -103,6 +103,7 @@ void Dit::check(const DitCall& call) const {
     need("a row's x_scales", call.x_scales[r]);
   for (int64_t b = 0; call.to == nullptr && b < call.branches; ++b) need("a branch's result", call.outs[b]);
   check_range(call);
+  if (call.ids != nullptr) check_some(call);
   if (reinterpret_cast<uintptr_t>(call.arena) % 64 != 0) fail("Dit: the arena is not aligned to 64 bytes");
 }
 
@@ -120,14 +121,28 @@ void Dit::check_range(const DitCall& call) const {
   if ((call.to == nullptr) != (call.signal == nullptr) || (call.to == nullptr) != (call.last < 0))
     fail("Dit: a look needs memory for hidden states and signal, and the block where it ends");
   if (call.to != nullptr && call.use_count > 0) fail("Dit: a look keeps and reuses nothing");
-  check_uses(call.uses, call.use_count, 2 * call.first, 2 * blocks, rows);
+  check_uses(call.uses, call.use_count, 2 * call.first, 2 * blocks, rows, call.ids != nullptr);
+}
+
+void Dit::check_some(const DitCall& call) const {
+  const int64_t patch = model_.sizes.patch, all = (call.height / patch) * (call.width / patch);
+  if (call.active < 1 || call.active > all) fail("Dit: ", call.active, " active tokens of ", all);
+  if (call.from != nullptr || call.to != nullptr)
+    fail("Dit: a row of some tokens begins with its stem and ends with its head");
+  for (int64_t i = 0; i < call.samples * call.active; ++i) {
+    const int64_t id = call.ids[i], before = i % call.active == 0 ? -1 : call.ids[i - 1];
+    if (id <= before || id >= all) fail("Dit: token ", id, " after ", before, " of ", all, "; ids ascend");
+  }
 }
 
 void Dit::run(const DitCall& call) const {
   if (call.samples == 0) return;
   check(call);
   const int64_t patch = model_.sizes.patch;
-  const DitShape shape{call.samples * call.branches, call.samples, (call.height / patch) * (call.width / patch)};
+  const int64_t all = (call.height / patch) * (call.width / patch);
+  const bool some = call.ids != nullptr;
+  const DitShape shape{
+      call.samples * call.branches, call.samples, some ? call.active : all, {call.ids, call.samples, some ? all : 0}};
   const int members = team_size(call.threads);
   const DitArena plan = plan_arena(model_, shape, members, scratch_floats(model_, shape));
   if (plan.bytes > call.arena_bytes)

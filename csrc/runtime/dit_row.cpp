@@ -30,7 +30,7 @@ int64_t most_integers(const DitModel& model) {
 }  // namespace
 
 DitArena plan_arena(const DitModel& model, const DitShape& shape, int64_t threads, int64_t scratch_floats) {
-  const auto [rows, samples, tokens] = shape;
+  const auto& [rows, samples, tokens, some] = shape;
   const int64_t depth = model.weights.patches.weight.depth, pixels = model.weights.final.weight.columns;
   const int64_t width = model.width, element = widest(model), integers = most_integers(model);
   const int64_t most = std::max({depth, pixels, 3 * width, model.mlp_width, model.vectors * width});
@@ -50,6 +50,7 @@ DitArena plan_arena(const DitModel& model, const DitShape& shape, int64_t thread
   plan.base = take(states * width * 4);
   plan.narrow = take(std::max(states * width, samples * tokens * depth) * element);
   plan.broad = take(std::max(states * std::max(3 * width, model.mlp_width) * element, states * pixels * 4));
+  plan.heads = take(rows * some.tokens * 2 * width * element);
   plan.integers = take(states * integers);
   plan.scales = take(integers > 0 ? states * 4 : 0);
   plan.given = take(kDitSites * static_cast<int64_t>(model.weights.blocks.size()) * rows * 4);
@@ -126,21 +127,38 @@ CacheUpdateArgs DitRow::update(const DitUse& use) const {
   const RowTensor hidden = hidden_states();
   if (use.cell == DitCell::kHalf) {
     const RowTensor fresh = states(plan_.fresh, Dtype::kFloat32, model_.width);
-    return {fresh, {}, use.kept, use.made, hidden, gate_of(use.at - 1), hidden, shape};
+    return {fresh, {}, kept(use), use.made, hidden, gate_of(use.at - 1), hidden, shape};
   }
   const RowTensor before = states(plan_.base, Dtype::kFloat32, model_.width);
-  return {hidden, use.cell == DitCell::kResidual ? before : RowTensor{}, use.kept, use.made, {}, {}, {}, shape};
+  return {hidden, use.cell == DitCell::kResidual ? before : RowTensor{}, kept(use), use.made, {}, {}, {}, shape};
 }
 
 CacheApplyArgs DitRow::apply(const DitUse& use) const {
   const RowTensor hidden = hidden_states(), by = use.cell == DitCell::kHalf ? gate_of(use.at) : RowTensor{};
-  return {use.kept,
+  return {kept(use),
           use.weights,
           use.terms,
           use.cell == DitCell::kBlock ? RowTensor{} : hidden,
           by,
           hidden,
           {shape_.rows, shape_.tokens, model_.width}};
+}
+
+// Keys and values lie behind the queries of their token.
+CacheUpdateArgs DitRow::keep_keys(const DitUse& use) const {
+  const int64_t width = model_.width;
+  const Dtype dtype = block_at(use.at / 2).attention;
+  RowTensor fresh = states(plan_.broad, dtype, 3 * width);
+  fresh.data = static_cast<char*>(fresh.data) + width * dtype_size(dtype);
+  return {fresh, {}, kept(use), 0, {}, {}, {}, {shape_.rows, shape_.tokens, 2 * width}};
+}
+
+CacheApplyArgs DitRow::unpack_keys(const DitUse& use, int64_t row) const {
+  static constexpr float kOne = 1.0f;
+  const int64_t width = 2 * model_.width, tokens = shape_.some.tokens;
+  const Dtype dtype = block_at(use.at / 2).attention;
+  const RowTensor out{at<void>(plan_.heads + row * tokens * width * dtype_size(dtype)), dtype, 0, width};
+  return {{use.kept.rows + row, use.kept.dtype}, &kOne, 1, {}, {}, out, {1, tokens, width}};
 }
 
 NormModulateArgs DitRow::first_norm() const {
@@ -153,11 +171,12 @@ LinearArgs DitRow::stem(const float* positions) const {
   LinearArgs args = project(model_.weights.patches, plan_.narrow, plan_.hidden, model_.sizes.dtype);
   args.out = hidden_states();
   args.residual = {const_cast<float*>(positions), Dtype::kFloat32, 0, model_.width};
+  if (shape_.some.ids != nullptr) args.residual = states(plan_.fresh, Dtype::kFloat32, model_.width);
   args.shape.batch = shape_.samples;
   return args;
 }
 
-AttentionArgs DitRow::attention(int64_t block) const {
+AttentionArgs DitRow::attention(int64_t block, const DitUse* keys, int64_t row) const {
   const int64_t width = model_.width, tokens = shape_.tokens, heads = model_.sizes.heads, head = width / heads;
   const Dtype dtype = block_at(block).attention;
   const int64_t element = dtype_size(dtype);
@@ -166,7 +185,12 @@ AttentionArgs DitRow::attention(int64_t block) const {
   };
   const HeadTensor out{at<void>(plan_.narrow), tokens * width, width, head};
   const auto scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head)));
-  return {part(0), part(1), part(2), out, dtype, shape_.rows, heads, tokens, tokens, head, scale};
+  if (keys == nullptr) return {part(0), part(1), part(2), out, dtype, shape_.rows, heads, tokens, tokens, head, scale};
+  const int64_t all = shape_.some.tokens;
+  char* held = unpacks(*keys) ? at<char>(plan_.heads + row * all * 2 * width * element)
+                              : static_cast<char*>(keys->kept.rows[row].values);
+  const HeadTensor key{held, 0, 2 * width, head}, value{held + width * element, 0, 2 * width, head};
+  return {part(0), key, value, out, dtype, shape_.rows, heads, tokens, all, head, scale};
 }
 
 LinearArgs DitRow::final() const {
@@ -178,11 +202,13 @@ LinearArgs DitRow::final() const {
 int64_t scratch_floats(const DitModel& model, const DitShape& shape) {
   const DitRow row(model, shape, {}, 0);
   int64_t floats =
-      std::max({norm_scratch(model.width), int8_norm_scratch(model.width), cache_update_scratch(model.width),
-                cache_apply_scratch(model.width), quantize_scratch(std::max(model.width, model.mlp_width)),
+      std::max({norm_scratch(model.width), int8_norm_scratch(model.width), cache_update_scratch(2 * model.width),
+                cache_apply_scratch(2 * model.width), quantize_scratch(std::max(model.width, model.mlp_width)),
                 linear_scratch(row.stem(nullptr)), linear_scratch(row.final())});
   for (int64_t i = 0; i < static_cast<int64_t>(model.weights.blocks.size()); ++i) {
-    floats = std::max(floats, attention_scratch(row.attention(i)));
+    AttentionArgs attention = row.attention(i);
+    if (shape.some.tokens > 0) attention.keys = shape.some.tokens;
+    floats = std::max(floats, attention_most_scratch(attention));
     for (const DitSite site : {DitSite::kQkv, DitSite::kOut, DitSite::kUp, DitSite::kDown}) {
       floats = std::max(floats, row.is_int8(i, site) ? int8_linear_scratch(row.int8_linear(i, site))
                                                      : linear_scratch(row.linear(i, site)));

@@ -53,17 +53,19 @@ struct DitModel {
   int64_t width, mlp_width, vectors;  // D, M, 6L + 2
 };
 
-// Rows of a call, samples among them, tokens of each.
+// Rows of a call, samples among them, tokens of each. some: which tokens of the picture those are; no ids: all of them.
 struct DitShape {
   int64_t rows, samples, tokens;
+  TokenIds some{};
 };
 
 // The arena: offsets in bytes, all multiples of 64. Buffers that are never alive together share memory: `narrow` holds
 // patches, normalised states or joined heads, `broad` queries, keys and values, the inside of the MLP, or pixels,
 // `integers` the quantized input of a linear, whose scales by token are in `scales`; `given` those by row. `fresh` is
-// what a half gave that is kept, `base` the hidden states before a range whose difference is.
+// what a half gave that is kept, or positions of some tokens, `base` the hidden states before a range whose difference
+// is, `heads` kept keys and values of all tokens as an attention of some reads them, where they are stored otherwise.
 struct DitArena {
-  int64_t modulations, hidden, fresh, base, narrow, broad, integers, scales, given, scratch;
+  int64_t modulations, hidden, fresh, base, narrow, broad, heads, integers, scales, given, scratch;
   int64_t scratch_stride;  // bytes from one member's scratch memory to the next
   int64_t bytes;
 };
@@ -71,7 +73,8 @@ struct DitArena {
 // With so many floats of scratch memory a member; throws when the shape fits no memory.
 DitArena plan_arena(const DitModel& model, const DitShape& shape, int64_t threads, int64_t scratch_floats);
 
-// Floats of scratch memory that a member needs for any stage; not the more the more tokens there are.
+// Floats of scratch memory that a member needs for any stage; not the more the more tokens there are, but for
+// attention, to up to so many keys.
 int64_t scratch_floats(const DitModel& model, const DitShape& shape);
 
 // The arguments of a row's stages in order of use; `arena` is the address of the arena.
@@ -84,7 +87,8 @@ class DitRow {
   NormModulateArgs norm(int64_t block, DitSite site) const;  // the one before kQkv or kUp
   // x: integers where the weight is int8. alone: of kOut and kDown, without gate and residual, to be kept
   LinearArgs linear(int64_t block, DitSite site, bool alone = false) const;
-  AttentionArgs attention(int64_t block) const;
+  // keys: null: those of the row itself. Else kept ones, and only the tasks of that row may be run.
+  AttentionArgs attention(int64_t block, const DitUse* keys = nullptr, int64_t row = 0) const;
   NormModulateArgs head_norm() const { return norm(model_.vectors - 2, model_.sizes.head_eps, model_.sizes.dtype); }
   LinearArgs final() const;
 
@@ -96,11 +100,15 @@ class DitRow {
 
   CacheUpdateArgs update(const DitUse& use) const;  // of a kKeep
   CacheApplyArgs apply(const DitUse& use) const;    // of a kApply
-  NormModulateArgs first_norm() const;              // of block 0, into `base`
+  CacheUpdateArgs keep_keys(const DitUse& use) const;
+  bool unpacks(const DitUse& use) const { return use.kept.dtype != block_at(use.at / 2).attention; }
+  CacheApplyArgs unpack_keys(const DitUse& use, int64_t row) const;  // of one row alone, where it unpacks
+  NormModulateArgs first_norm() const;                               // of block 0, into `base`
 
   float* modulations() const { return at<float>(plan_.modulations); }
   float* hidden() const { return at<float>(plan_.hidden); }
   float* base() const { return at<float>(plan_.base); }
+  float* positions() const { return at<float>(plan_.fresh); }
   void* patches() const { return at<void>(plan_.narrow); }
   const float* pixels() const { return at<float>(plan_.broad); }
   float* scales() const { return at<float>(plan_.scales); }
@@ -116,6 +124,7 @@ class DitRow {
   }
   RowTensor states(int64_t offset, Dtype dtype, int64_t width) const;
   RowTensor hidden_states() const { return states(plan_.hidden, Dtype::kFloat32, model_.width); }
+  KeptRows kept(const DitUse& use) const { return {use.kept.rows, use.kept.dtype, shape_.some}; }
   RowTensor gate_of(int64_t half) const { return vector(3 * half + 2); }
   RowTensor vector(int64_t index) const;
   const DitBlock& block_at(int64_t block) const { return model_.weights.blocks[static_cast<size_t>(block)]; }

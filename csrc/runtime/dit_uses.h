@@ -10,15 +10,18 @@ enum class DitAction {
   kOpen,   // remembers the hidden states: a range of blocks begins here of which the difference is kept
   kKeep,   // keeps what the half, or the range, gave that ends here
   kApply,  // kept values take the place of halves [at, until), which do not run
+  kKeys,   // keeps keys and values of the attention `at`; in a row of some tokens, it reads those of all from there
 };
 
 enum class DitCell {
   kHalf,      // what half a block gives, before its gate
   kResidual,  // what a range of blocks adds to the hidden states
   kBlock,     // the hidden states that leave a range
+  kHeads,     // of kKeys: keys of all heads, then their values, side by side
 };
 
-// Happens when `at` halves are done. All of it goes token by token, so what lies between two halves is one stage.
+// Happens when `at` halves are done. All of it goes token by token, so what lies between two halves is one stage. Keys
+// and values are kept in a stage of their own, between the linear that makes them and the attention that reads them.
 struct DitUse {
   DitAction action;
   DitCell cell;
@@ -49,12 +52,21 @@ class DitUses {
 
   int64_t next() const { return next_; }  // uses gone past
 
+  // The use of the keys of this half, the next one that runs; null: they are not kept.
+  const DitUse* keys(int64_t half) const {
+    for (int64_t i = next_ - 1; i >= 0 && uses_[i].at == half; --i) {
+      if (uses_[i].action == DitAction::kKeys) return uses_ + i;
+    }
+    return nullptr;
+  }
+
  private:
   const DitUse* uses_;
   int64_t count_, next_ = 0;
 };
 
-// Throws unless all uses happen between halves [first, last), in order, with memory for so many rows.
-void check_uses(const DitUse* uses, int64_t count, int64_t first, int64_t last, int64_t rows);
+// Throws unless all uses happen between halves [first, last), in order, with memory for so many rows. some: the row
+// computes some tokens, so that every attention needs kept keys.
+void check_uses(const DitUse* uses, int64_t count, int64_t first, int64_t last, int64_t rows, bool some);
 
 }  // namespace vivace

@@ -93,8 +93,32 @@ class DitWalk {
     stage(DitStage::kLinear, int8_linear_tasks(int8), [&](int64_t task) { int8_linear_task(int8, task, scratch_); });
   }
 
-  void attention(const AttentionArgs& args) {
-    stage(DitStage::kAttention, attention_tasks(args), [&](int64_t task) { attention_task(args, task, scratch_); });
+  void attend(int64_t block) {
+    const DitUse* keys = uses_.keys(2 * block);
+    if (keys != nullptr) keep_keys(*keys);
+    const AttentionArgs args = row_.attention(block);
+    if (call_.ids == nullptr) {
+      return stage(DitStage::kAttention, attention_tasks(args),
+                   [&](int64_t task) { attention_task(args, task, scratch_); });
+    }
+    const int64_t tasks = attention_tasks(args), each = tasks / shape_.rows;
+    stage(DitStage::kAttention, tasks,
+          [&](int64_t task) { attention_task(row_.attention(block, keys, task / each), task, scratch_); });
+  }
+
+  // Keys and values of the row's tokens go where they are kept; then, if need be, all that lies there becomes heads.
+  void keep_keys(const DitUse& keys) {
+    const CacheUpdateArgs args = row_.keep_keys(keys);
+    pieces(DitStage::kRest, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
+      kernels().cache_update_rows(&args, row, begin, end, scratch_);
+    });
+    if (call_.ids == nullptr || !row_.unpacks(keys)) return;
+    const int64_t few = 32, all = shape_.some.tokens, each = (all + few - 1) / few;
+    stage(DitStage::kRest, shape_.rows * each, [&](int64_t task) {
+      const CacheApplyArgs heads = row_.unpack_keys(keys, task / each);
+      const int64_t begin = task % each * few;
+      kernels().cache_apply_rows(&heads, 0, begin, std::min(begin + few, all), scratch_);
+    });
   }
 
   // Halves [first, last), without those that kept values stand for.
@@ -104,7 +128,7 @@ class DitWalk {
       const bool mlp = half % 2 == 1, keeps = uses_.keeps(half);
       norm(block, mlp ? DitSite::kUp : DitSite::kQkv);
       linear(block, mlp ? DitSite::kUp : DitSite::kQkv);
-      if (!mlp) attention(row_.attention(block));
+      if (!mlp) attend(block);
       quantize(block, mlp ? DitSite::kDown : DitSite::kOut);
       linear(block, mlp ? DitSite::kDown : DitSite::kOut, keeps);
     }
@@ -129,6 +153,7 @@ class DitWalk {
   }
 
   void use(const DitUse& use, int64_t row, int64_t begin, int64_t end) {
+    if (use.action == DitAction::kKeys) return;  // when they are there
     if (use.action == DitAction::kOpen) return remember(row, begin, end);
     if (use.action == DitAction::kKeep) {
       const CacheUpdateArgs args = row_.update(use);
@@ -235,13 +260,23 @@ class DitWalk {
     copy_states(row_.hidden() + row * shape_.tokens * model_.width, call_.from[row], begin, end - begin);
   }
 
+  const int32_t* ids_of(int64_t sample) const {
+    return call_.ids == nullptr ? nullptr : call_.ids + sample * shape_.tokens;
+  }
+
   void gather(int64_t sample, int64_t begin, int64_t end) const {
+    const int32_t* ids = ids_of(sample);
+    const int64_t width = model_.width;
+    for (int64_t token = begin; ids != nullptr && token < end; ++token) {
+      memcpy(row_.positions() + (sample * shape_.tokens + token) * width, call_.positions + ids[token] * width,
+             static_cast<size_t>(width) * sizeof(float));
+    }
     const bool wide_x = call_.x_dtype == Dtype::kFloat32, wide = model_.sizes.dtype == Dtype::kFloat32;
     const int64_t at = call_.lanes[sample] * call_.lane_stride;
     const int64_t to = sample * shape_.tokens * model_.weights.patches.weight.depth;
     const auto from = [&](auto* x) {
       const auto into = [&](auto* out) {
-        gather_patches(x + at, out + to, model_.sizes, call_.height, call_.width, begin, end);
+        gather_patches(x + at, out + to, model_.sizes, call_.height, call_.width, ids, begin, end);
       };
       wide ? into(static_cast<float*>(row_.patches())) : into(static_cast<uint16_t*>(row_.patches()));
     };
@@ -264,7 +299,8 @@ class DitWalk {
     const int64_t pixels = shape_.tokens * model_.weights.final.weight.columns;
     pieces(DitStage::kRest, shape_.rows, [&](int64_t row, int64_t begin, int64_t end) {
       float* out = call_.outs[row / shape_.samples] + row % shape_.samples * image;
-      scatter_pixels(row_.pixels() + row * pixels, out, model_.sizes, call_.height, call_.width, begin, end);
+      scatter_pixels(row_.pixels() + row * pixels, out, model_.sizes, call_.height, call_.width,
+                     ids_of(row % shape_.samples), begin, end);
     });
   }
 

@@ -16,6 +16,7 @@ struct Moments;
 struct QkNormRopeArgs;
 struct QkSide;
 struct QkVectors;
+struct SelectTokensArgs;
 struct StepProgram;
 
 struct Kernels {
@@ -23,6 +24,8 @@ struct Kernels {
   int64_t block;  // elements a vectorised block covers; spans between threads are cut at multiples of it
   // Elements [begin, end) of one sample of the solver step.
   void (*step_span)(const StepProgram& program, int64_t begin, int64_t end);
+  // dst[i] <- src[i] where classes[i] is `mine`, of elements of `size` bytes: a piece of the solver step with classes.
+  void (*pick_elements)(void* dst, const float* src, const uint8_t* classes, uint8_t mine, int64_t count, int64_t size);
   // Reductions of a piece of a sample; see ops/sample_adjust.h.
   void (*count_keys)(const float* y, int64_t count, uint32_t start, int high, int low, KeyCounts& counts);
   void (*add_moments)(const float* y, int64_t count, double mean, Moments& moments);
@@ -39,6 +42,10 @@ struct Kernels {
   void (*int8_norm_modulate_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
   void (*cache_update_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
   void (*cache_apply_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*gather_tokens_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  void (*scatter_tokens_rows)(const void* args, int64_t sample, int64_t begin, int64_t end, float* scratch);
+  // Metrics of all pixels of one sample into to[0..pixels).
+  void (*pixel_metrics)(const SelectTokensArgs& args, int64_t sample, int64_t pixels, float* to);
   // Tokens [begin, end) of one sample of one side.
   void (*qk_norm_rope_tokens)(const QkNormRopeArgs& args, const QkSide& side, const QkVectors& vectors, int64_t sample,
                               int64_t begin, int64_t end);

@@ -130,9 +130,16 @@ struct Model {
     return made;
   }
 
-  // The prediction of one sample. x [C, H, W], modulation [kVectors, D], positions [N, D].
+  // Queries, keys and values [N, 3 D] of every block. Those of the same tokens of an earlier row, where `fresh` says
+  // no, stand for what the row itself has.
+  struct Heads {
+    std::vector<Matrix> blocks{};
+    std::vector<bool> fresh{};  // [N]; empty: all of them
+  };
+
+  // The prediction of one sample. x [C, H, W], modulation [kVectors, D], positions [N, D]; heads: read and written.
   std::vector<double> operator()(const float* x, const float* modulation, const float* positions, int64_t height,
-                                 int64_t width) const;
+                                 int64_t width, Heads* heads = nullptr) const;
 
   Random random;
   Dtype dtype;
@@ -174,12 +181,20 @@ inline Matrix attended(const Matrix& qkv) {
   return y;
 }
 
+inline void take_older_keys(Matrix& qkv, size_t block, Model::Heads& heads) {
+  heads.blocks.resize(kLayers);
+  for (size_t i = 0; i < qkv.size() && !heads.fresh.empty(); ++i) {
+    if (i % (3 * kWidth) >= kWidth && !heads.fresh[i / (3 * kWidth)]) qkv[i] = heads.blocks[block][i];
+  }
+  heads.blocks[block] = qkv;
+}
+
 inline void add_gated(Matrix& hidden, const Matrix& update, const float* gate) {
   for (size_t i = 0; i < hidden.size(); ++i) hidden[i] += gate[i % kWidth] * update[i];
 }
 
 inline std::vector<double> Model::operator()(const float* x, const float* modulation, const float* positions,
-                                             int64_t height, int64_t width) const {
+                                             int64_t height, int64_t width, Heads* heads) const {
   const int64_t across = width / kPatch, tokens = height / kPatch * across;
   const auto pixel = [&](int64_t n, int64_t c, int64_t row, int64_t column) {
     return (c * height + n / across * kPatch + row) * width + n % across * kPatch + column;
@@ -194,7 +209,8 @@ inline std::vector<double> Model::operator()(const float* x, const float* modula
   for (size_t i = 0; i < hidden.size(); ++i) hidden[i] += positions[i];
   for (int64_t b = 0; b < kLayers; ++b) {
     const int64_t v = 6 * b;
-    const Matrix qkv = layer(b, 0)(normalised(hidden, vector(v), vector(v + 1), kEps[0]));
+    Matrix qkv = layer(b, 0)(normalised(hidden, vector(v), vector(v + 1), kEps[0]));
+    if (heads != nullptr) take_older_keys(qkv, static_cast<size_t>(b), *heads);
     add_gated(hidden, layer(b, 1)(attended(qkv)), vector(v + 2));
     Matrix inner = layer(b, 2)(normalised(hidden, vector(v + 3), vector(v + 4), kEps[1]));
     for (double& y : inner) {
@@ -254,7 +270,7 @@ struct Problem {
       for (int64_t j = 0; j < samples(); ++j) modulations.push_back(vectors(b, j));
     }
     const int64_t tokens = height * width / (kPatch * kPatch);
-    const int64_t bytes = dit.arena_bytes(branches * samples(), samples(), tokens, threads);
+    const int64_t bytes = dit.arena_bytes(branches * samples(), samples(), tokens, threads, some);
     arena = Buffer<char>(bytes, 0, static_cast<char>(0xff));  // NaN
     return {x.data(), Dtype::kFloat32,  image + 1,          kLanes,  lanes.data(), samples(),    branches, height,
             width,    positions.data(), modulations.data(), nullptr, outs.data(),  arena.data(), bytes,    threads,
@@ -265,6 +281,7 @@ struct Problem {
   Dit dit;
   std::vector<int64_t> lanes;
   int64_t branches, height, width, image;
+  bool some = false;  // calls of some of the tokens come, too
   Buffer<float> x, positions, modulation, out;
   std::vector<const float*> modulations{};
   std::vector<float*> outs{};

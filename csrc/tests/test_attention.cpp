@@ -254,6 +254,38 @@ VV_TEST(attention_may_write_over_its_queries) {
     CHECK(element<uint16_t>(a.out, 1, n, 1, 7) == element<uint16_t>(args.out, 1, n, 1, 7));
 }
 
+template <typename T>
+void check_apart(int64_t keys) {
+  const Sizes sizes{3, 2, 5, keys, 40};
+  Problem<T> together(sizes, false, 9), apart(sizes, false, 9);
+  AttentionArgs args = apart.args();
+  const auto part = [](const HeadTensor& x, int64_t b) { return static_cast<T*>(x.data) + b * x.sample_stride; };
+  const void* key_at[] = {part(args.key, 2), part(args.key, 0), part(args.key, 2)};
+  const void* value_at[] = {part(args.value, 2), part(args.value, 0), part(args.value, 2)};
+  args.key_at = key_at, args.value_at = value_at;
+  args.key.data = args.value.data = nullptr;
+  attention(args, 1);
+  const AttentionArgs all = together.args();
+  for (const int64_t b : {0, 1, 2}) {
+    AttentionArgs one = all;
+    one.batch = 1;
+    one.query.data = part(all.query, b), one.out.data = part(all.out, b);
+    one.key.data = part(all.key, b == 1 ? 0 : 2), one.value.data = part(all.value, b == 1 ? 0 : 2);
+    attention(one, 1);
+  }
+  bool equal = true;
+  for (int64_t i = 0; i < apart.out.size(); ++i)
+    equal = equal && same(get(apart.out.data() + i), get(together.out.data() + i));
+  CHECK_IN(equal, text(sizes));
+}
+
+VV_TEST(keys_and_values_may_lie_sample_by_sample) {
+  for (const int64_t keys : {9, 1300}) {
+    check_apart<float>(keys);
+    check_apart<uint16_t>(keys);
+  }
+}
+
 // Values of a call with one element of query, key or value changed.
 template <typename T>
 struct Changed {
@@ -325,6 +357,9 @@ VV_TEST(illegal_calls_of_attention_are_refused) {
   CHECK(has(refused([](auto& a) { a.keys = int64_t{1} << 60; }), "fit no memory"));
   for (const float bad : {0.0f, -1.0f, kInfinity, NAN})
     CHECK(has(refused([&](auto& a) { a.scale = bad; }), "needs a finite number above 0"));
+  const void* nowhere[] = {nullptr};
+  CHECK(has(refused([&](auto& a) { a.key_at = nowhere; }), "key of sample 0 has no memory"));
+  CHECK(has(refused([&](auto& a) { a.value_at = nowhere; }), "value of sample 0 has no memory"));
   CHECK(refused([](auto& a) { a.batch = 0, a.query.data = nullptr; }).empty());
   CHECK(refused([](auto& a) { a.keys = 0, a.key.data = a.value.data = nullptr; }).empty());
 }

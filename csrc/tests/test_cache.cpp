@@ -183,7 +183,7 @@ struct Problem {
           for (int64_t i = 0; i < width; ++i) {
             const float was = old.at(j, n, i), is = row[static_cast<size_t>(i)];
             equal = equal && same(kept[b].at(j, n, i), j <= made ? is : was);
-            next[static_cast<size_t>(i)] = is - was;
+            next[static_cast<size_t>(i)] -= was;
           }
         }
       }

@@ -87,21 +87,55 @@ class Problem {
     a.rows = rows_.data(), a.index = index_.data(), a.batch = batch_;
     a.seeds = seeds_.data(), a.pictures = pictures_.data();
     a.threads = threads, a.stream_above = stream_above, a.adjust = adjust_.data();
+    if (!classes_.empty()) {
+      a.classes = classes_.data(), a.sizes = sizes_.data(), a.edges = edges_.data();
+      a.axes = static_cast<int64_t>(sizes_.size());
+    }
     return a;
+  }
+
+  // Gives every token of [grid x edges] a class, most of them within the table; the sample holds a few channels.
+  void classify(const std::vector<int64_t>& grid, const std::vector<int64_t>& edges) {
+    edges_ = edges;
+    int64_t tokens = 1;
+    for (size_t axis = 0; axis < grid.size(); ++axis) {
+      sizes_.push_back(grid[axis] * edges[axis]);
+      tokens *= grid[axis];
+    }
+    for (int64_t& row : rows_) row = random_.below(2);
+    const int most = random_.chance(90) ? 2 : 3;
+    for (int64_t i = 0; i < batch_ * tokens; ++i) classes_.push_back(static_cast<uint8_t>(random_.below(most)));
+  }
+
+  // The row that an element runs.
+  int64_t row_of(int64_t b, int64_t e) const {
+    if (classes_.empty()) return rows_[b];
+    int64_t token = 0, stride = 1;
+    for (size_t axis = sizes_.size(); axis-- > 0;) {
+      token += e % sizes_[axis] / edges_[axis] * stride;
+      e /= sizes_[axis];
+      stride *= sizes_[axis] / edges_[axis];
+    }
+    return rows_[b] + classes_[b * stride + token];
   }
 
   // Runs the step and compares every element of pool and net, written or not. False when the call was refused.
   bool run(int64_t threads, int64_t stream_above, const std::string& where) {
     const SolverStepArgs a = args(threads, stream_above);
     bool fine = true;
-    for (const int64_t row : rows_) fine = fine && legal(a, row);
+    for (int64_t b = 0; b < batch_; ++b) {
+      for (int64_t e = 0; e < numel_; ++e) fine = fine && row_of(b, e) < kRows && legal(a, row_of(b, e));
+    }
     std::vector<float> pool(pool_.data(), pool_.data() + pool_.size()), net;
     for (int64_t i = 0; net_ != nullptr && i < capacity_ * numel_; ++i) net.push_back(net_->at(i));
     for (int64_t b = 0; fine && b < batch_; ++b) {
-      const int32_t* ints = a.ints + rows_[b] * kIntColumns;
       for (int64_t e = 0; e < numel_; ++e) {
         float y[kMaxOutputs];
-        combine(a, b, e, y);
+        std::vector<int64_t> rows(batch_, row_of(b, e));
+        const int32_t* ints = a.ints + rows[0] * kIntColumns;
+        SolverStepArgs one = a;
+        one.rows = rows.data();
+        combine(one, b, e, y);
         for (int k = 0; k < ints[1]; ++k) {
           const int32_t to = ints[kDestinationColumn + k];
           if (to == kNetCode) net[index_[b] * numel_ + e] = stored(y[k], net_->dtype);
@@ -172,7 +206,8 @@ class Problem {
   std::vector<Plane> planes_, sides_, nets_;
   std::vector<Branch> branches_;
   std::vector<const float*> tensors_;
-  std::vector<int64_t> rows_, index_, seeds_, pictures_;
+  std::vector<int64_t> rows_, index_, seeds_, pictures_, sizes_, edges_;
+  std::vector<uint8_t> classes_;
   std::vector<int32_t> ints_;
   std::vector<float> floats_, adjust_;
 };
@@ -192,6 +227,41 @@ VV_TEST(a_large_odd_size_is_exact_at_every_alignment) {
     Problem problem(5000 + repeat, 4097, repeat == 0);
     problem.run(2, repeat < 4 ? 0 : int64_t{1} << 62, "large " + std::to_string(repeat));
   }
+}
+
+VV_TEST(every_element_runs_the_row_of_its_class) {
+  static const std::vector<std::vector<int64_t>> grids[] = {{{1}, {1}},       {{5}, {3}},       {{3, 2}, {2, 2}},
+                                                            {{7, 5}, {1, 2}}, {{4, 8}, {2, 2}}, {{2, 3, 2}, {1, 2, 3}},
+                                                            {{9, 31}, {3, 2}}};
+  int refused = 0, runs = 0;
+  for (uint64_t seed = 0; seed < 500; ++seed) {
+    const auto& grid = grids[seed % 7];
+    int64_t numel = 1 + static_cast<int64_t>(seed % 3);  // channels
+    for (size_t axis = 0; axis < grid[0].size(); ++axis) numel *= grid[0][axis] * grid[1][axis];
+    Problem problem(40000 + seed, numel, seed % 2 == 0);
+    problem.classify(grid[0], grid[1]);
+    refused += !problem.run(1 + seed % 2, seed % 4 < 2 ? 0 : int64_t{1} << 62, "classes, seed " + std::to_string(seed));
+    ++runs;
+  }
+  CHECK(refused > 0 && refused < runs / 2);
+}
+
+VV_TEST(classes_of_patches_that_do_not_fit_are_refused) {
+  Problem problem(11, 48, false);
+  problem.classify({2, 4}, {2, 3});
+  SolverStepArgs good = problem.args(1, -1);
+  const auto refuses = [&](std::vector<int64_t> sizes, std::vector<int64_t> edges) {
+    SolverStepArgs args = good;
+    args.sizes = sizes.data(), args.edges = edges.data(), args.axes = static_cast<int64_t>(sizes.size());
+    return !refusal([&] { solver_step(args); }).empty();
+  };
+  constexpr int64_t huge = int64_t{1} << 62;
+  CHECK(refuses({4, 12}, {2, 5}));
+  CHECK(refuses({4, 12}, {2, 0}));
+  CHECK(refuses({4, 0}, {2, 1}));
+  CHECK(refuses({4, -12}, {2, 3}));
+  CHECK(refuses({5, 12}, {5, 3}));
+  CHECK(refuses({huge, huge}, {2, 3}));
 }
 
 VV_TEST(a_bad_code_is_refused_and_writes_nothing) {

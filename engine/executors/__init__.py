@@ -10,10 +10,13 @@ from torch import Tensor
 
 from vivace.engine.compiled import Hoisted
 from vivace.engine.denoiser import Denoiser
-from vivace.engine.kept import Seen, Turn
+from vivace.engine.focusing import Together
+from vivace.engine.kept import KeptMemory, Seen, Turn
+from vivace.engine.merging import Merging
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
+from vivace.engine.tokens import Focus
 from vivace.errors import BackendError, UnsupportedError
 
 BACKENDS = ("eager", "cpu", "cuda_graph")
@@ -23,11 +26,15 @@ COMPILED = {"cpu": "cpu", "cuda": "cuda_graph"}  # by device
 
 @dataclass(frozen=True, slots=True)
 class KernelRows:
-    """One launch: `rows[i]` of the table for the sample at `positions[i]` of its group; all of them reduce, or none."""
+    """One launch: `rows[i]` of the table for the sample at `positions[i]` of its group; all of them reduce, or none.
+
+    fans: each is the first of one row a class of tokens.
+    """
 
     positions: tuple[int, ...]
     rows: tuple[int, ...]
     reduces: bool
+    fans: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,9 @@ class Group:
     rows: of each sample's plan; hoisted: what left the loop of its request, None where nothing did; kernel_rows: what
     this plan row launches after the network, in order; row: of the first sample, for the timeline. outs: branches of
     the row's out slots, of which the variant runs some; given: their predictions, where they were made ahead; turns:
-    what is kept and given again; resume: where a look at the first blocks ended.
+    what is kept and given again; resume: where a look at the first blocks ended; focus: tokens that the row computes;
+    merging: which blocks merge tokens, and what they keep; tokens: who chooses what a row computes and holds what the
+    others keep, None where no plan of the group speaks of tokens.
     """
 
     variant: Variant | None
@@ -55,6 +64,9 @@ class Group:
     given: tuple[Tensor, ...] | None = None
     turns: tuple[Turn, ...] = ()
     resume: Seen | None = None
+    focus: Focus | None = None
+    merging: Merging | None = None
+    tokens: Together | None = None
 
 
 class Executor(Protocol):
@@ -72,8 +84,8 @@ class Executor(Protocol):
         """Raise UnsupportedError naming the first row that this executor cannot run."""
         ...
 
-    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
-        """Compile what `plan` needs for that many samples of latents of `shape`."""
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int, memory: KeptMemory) -> None:
+        """Compile what `plan` needs for that many samples of latents of `shape`, who keep things in `memory`."""
         ...
 
     def hoist(self, plan: Plan, condition: Any) -> Hoisted | None:

@@ -5,7 +5,7 @@ What a network is compiled to is the model's business (`engine.compiled`): for t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from vivace.engine.compiled import Bucket, Compiler, Evaluation, Hoisted, Network, bucket_of
-from vivace.engine.denoiser import Denoiser
+from vivace.engine.denoiser import Denoiser, samples_of
 from vivace.engine.executors import Group
 from vivace.engine.executors.eager import check_compiled
 from vivace.engine.executors.hoists import Kept
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
-from vivace.engine.kept import Seen
+from vivace.engine.kept import KeptMemory, Seen
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
+from vivace.engine.token_rows import focused
 
 
 class CpuExecutor:
@@ -33,6 +34,7 @@ class CpuExecutor:
         self.denoiser, self.compiler = denoiser, compiler
         self.one_by_one: str | None = None
         self.networks: dict[tuple[Hashable, Bucket], Network] = {}
+        self._eager = ""  # why rows were not compiled
         self._hoists = Kept(compiler, hoist)
         self._bucket = lru_cache(256)(lambda shape, samples: bucket_of(denoiser.spec.tokens(shape), samples))
 
@@ -45,7 +47,7 @@ class CpuExecutor:
         """Everything that `EagerExecutor.check` refuses, and variants that the model's compiler cannot take."""
         check_compiled(plan, self.name, self.denoiser, self.compiler)
 
-    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int, memory: KeptMemory) -> None:
         for variant in plan.variants:
             self._network(variant, shape, samples)
 
@@ -77,7 +79,8 @@ class CpuExecutor:
 
     def kernels(self, pool: Pool) -> tuple[KernelUse, ...]:
         ways = dict.fromkeys(network.how for network in self.networks.values())
-        return *step_kernels(pool), *(KernelUse("network", self.name, how) for how in ways)
+        uses = [KernelUse("network", self.name, how) for how in ways]
+        return *step_kernels(pool), *uses, *([KernelUse("network", "torch", self._eager)] if self._eager else [])
 
     def report(self) -> dict[str, Any]:
         buckets = sorted({bucket for _, bucket in self.networks})
@@ -85,14 +88,27 @@ class CpuExecutor:
 
     def _run(self, call: Evaluation, variant: Variant, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         network = self._network(variant, shape, len(call.lanes))
+        run = network.run if not any(turn.use.site == "received" for turn in call.turns) else self._listening(variant)
         if self.one_by_one is None:
-            return network.run(call)
-        single = [[out.clone() for out in network.run(call.sample(n))] for n in range(len(call.lanes))]
+            return run(call)
+        single = [[out.clone() for out in run(call.sample(n))] for n in range(len(call.lanes))]
         return tuple(torch.cat(branch) for branch in zip(*single, strict=True))
+
+    def _listening(self, variant: Variant) -> Callable[[Evaluation], tuple[Tensor, ...]]:
+        """Rows that tell what attention tokens receive are the denoiser's: compiled ones make no weights to sum."""
+        self._eager = "eager: rows that tell what attention tokens received are not compiled"
+
+        @torch.inference_mode()
+        def run(call: Evaluation) -> tuple[Tensor, ...]:
+            x = torch.cat(samples_of(call.x, call.lanes))
+            return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant, call.turns, call.resume)
+
+        return run
 
     def _network(self, variant: Variant, shape: tuple[int, ...], samples: int) -> Network:
         bucket = self._bucket(shape, samples)
-        key = (variant.model, variant.branches, variant.rules), bucket  # every token is kept: how many, the bucket says
+        kept = variant.keep if focused(variant) else None  # all: how many, the bucket says
+        key = (variant.model, variant.branches, variant.rules, kept), bucket
         network = self.networks.get(key)
         if network is None:
             network = self.networks[key] = self.compiler.compile(variant, bucket, shape)

@@ -8,7 +8,7 @@ the device: samples, conditions and hoisted tables are on it, timesteps come fro
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,22 @@ import torch
 from torch import Tensor
 
 from vivace.engine.compiled import Evaluation, Hoisted
-from vivace.engine.denoiser import Denoiser, Piece, Replayable, predictions
+from vivace.engine.denoiser import Denoiser, Piece, Replayable, predictions, samples_of
 from vivace.engine.executors import Group
 from vivace.engine.executors.eager import check_compiled, looked
 from vivace.engine.executors.graphs import CudaGraphs, Graph, Graphs, Unrecorded
 from vivace.engine.executors.hoists import Kept
+from vivace.engine.executors.rehearsal import rehearsed
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
-from vivace.engine.kept import Seen
+from vivace.engine.kept import KeptMemory, Seen
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.errors import PromptError, ShapeError, UnsupportedError
 
-KEPT = "rows that keep or give again what blocks computed are not captured"
+RESUMED = "rows that go on from a guard's look are not captured"
+FOCUSED = "rows that compute some tokens are not captured"
+MERGED = "rows that merge tokens are not captured"
 
 
 def bucket(count: int) -> int:
@@ -40,12 +43,14 @@ def bucket(count: int) -> int:
 class Artefact:
     """One captured piece. inputs: its static tensors; reason: why it is not a graph, empty when it is one.
 
-    weights: what it reads besides, held so that a model that moves on leaves no graph on freed memory.
+    weights: what it reads besides, held so that a model that moves on leaves no graph on freed memory; stands: as of
+    its piece.
     """
 
     inputs: Mapping[str, Tensor]
     graph: Graph
     weights: Sequence[Tensor]
+    stands: Callable[[], bool]
     reason: str = ""
 
     @property
@@ -58,7 +63,7 @@ class CudaGraphExecutor:
     """Artefacts by the key of their piece, the least recently used dropped beyond `kept`."""
 
     name = "cuda_graph"
-    kept = 64
+    kept = 256
 
     def __init__(
         self, denoiser: Denoiser, network: Replayable, *, hoist: bool = True, graphs: Graphs | None = None
@@ -77,7 +82,7 @@ class CudaGraphExecutor:
         """Everything that `EagerExecutor.check` refuses, and variants that the model cannot stage."""
         check_compiled(plan, self.name, self.denoiser, self.network)
 
-    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int, memory: KeptMemory) -> None:
         """Capture what `plan` needs for so many samples without a prompt, so that no request waits for it.
 
         Of other shapes than the model's own, and of networks without such a condition, the first request's row does.
@@ -89,9 +94,9 @@ class CudaGraphExecutor:
         except PromptError:
             return
         x = torch.zeros((samples, *shape), dtype=self.denoiser.dtype, device=self.denoiser.device)
-        lanes, times = tuple(range(samples)), (1.0,) * samples
-        for variant in plan.variants:
-            self._network(Evaluation(x, lanes, lanes, times, (condition,) * samples, (None,) * samples), variant)
+        for call, variant in rehearsed(plan, self.denoiser.spec, x, condition, memory):
+            if call.focus is None or self._not_captured(call) is None:
+                self._network(call, variant)
 
     def hoist(self, plan: Plan, condition: Any) -> Hoisted | None:
         """What leaves the loop of a request, kept for the next one with the same plan and condition."""
@@ -150,16 +155,34 @@ class CudaGraphExecutor:
 
     def _evaluation(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
         """Every piece replayed, its rows put in place; copies where another replay comes before they are read."""
-        if call.turns or call.resume is not None:
-            self._eager[KEPT] = None
-            x = call.x[list(call.lanes)]
-            return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant, call.turns, call.resume)
+        if (why := self._not_captured(call)) is not None:
+            self._eager[why] = None
+            return self._eagerly(call, variant)
         pieces = self.network.stage(call, variant, bucket)
         results = []
         for piece in pieces:
             result = self._replayed(piece)  # graphs share their memory: the next one may work where this one left it
             results.append(result if len(pieces) == 1 and self.one_by_one is None else result.clone())
         return predictions(pieces, results, len(variant.branches), len(call.lanes))
+
+    def _not_captured(self, call: Evaluation) -> str | None:
+        """Why an evaluation runs without graphs; None when it does not."""
+        if call.merging is not None:
+            return MERGED
+        if call.focus is not None and "kv" not in self.network.sites:
+            return FOCUSED
+        if call.resume is not None:
+            return RESUMED
+        beyond = sorted({turn.use.site for turn in call.turns} - self.network.sites)
+        return f"rows that keep or give again {', '.join(beyond)} are not captured" if beyond else None
+
+    def _eagerly(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
+        """By the denoiser, as the framework runs it."""
+        x = torch.cat(samples_of(call.x, call.lanes))
+        args = (x, call.timesteps, call.conditions, variant, call.turns, call.resume)
+        if call.merging is not None:
+            return self.denoiser.evaluate(*args, merging=call.merging)
+        return self.denoiser.evaluate(*args) if call.focus is None else self.denoiser.evaluate(*args, call.focus)
 
     def _replayed(self, piece: Piece) -> Tensor:
         artefact = self._artefacts.get(piece.key)
@@ -177,16 +200,19 @@ class CudaGraphExecutor:
             name: parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]), device=device)
             for name, parts in piece.inputs.items()
         }
-        _write(inputs, piece.inputs)
+        for key in [key for key, artefact in self._artefacts.items() if not artefact.stands()]:
+            del self._artefacts[key]  # over memory that has moved
+        _write(inputs, {**piece.inputs, **piece.idle})
         self.graphs.warm_up(piece.forward, inputs)
-        _write(inputs, piece.inputs)  # a network may have written into them
         try:
-            artefact = Artefact(inputs, self.graphs.capture(piece.forward, inputs), self.network.weights())
+            graph, reason, weights = self.graphs.capture(piece.forward, inputs), "", self.network.weights()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = f"cannot be captured ({str(error).strip().splitlines()[0]})"
-            artefact = Artefact(inputs, Unrecorded(piece.forward, inputs), (), reason)
+            graph, weights = Unrecorded(piece.forward, inputs), ()
+        _write(inputs, piece.inputs)  # a network may have written into them
+        artefact = Artefact(inputs, graph, weights, piece.stands, reason)
         self.compiles += 1
         self._artefacts[piece.key] = artefact
         if len(self._artefacts) > self.kept:

@@ -13,11 +13,13 @@ from vivace.engine.compiled import Compiler, Evaluation
 from vivace.engine.denoiser import Denoiser, Replayable
 from vivace.engine.executors import Group
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
-from vivace.engine.kept import Seen
-from vivace.engine.plan import Action, Binding, Plan, Variant
+from vivace.engine.kept import KeptMemory, Seen
+from vivace.engine.merge_rows import SITE, merge_row
+from vivace.engine.plan import Action, Binding, Plan, Rule, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.precision import QUANTIZED, named, precisions_of
 from vivace.engine.receipt import KernelUse, Timeline
+from vivace.engine.token_rows import focused
 from vivace.errors import ShapeError, UnsupportedError
 
 
@@ -35,7 +37,7 @@ class EagerExecutor:
         """Everything except dropped tokens, and sites, metrics and precisions that the model has not."""
         check_whole(plan, "the eager executor", self.denoiser)
 
-    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int) -> None:
+    def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int, memory: KeptMemory) -> None:
         """Nothing is compiled."""
 
     def hoist(self, plan: Plan, condition: Any) -> None:
@@ -92,6 +94,13 @@ class EagerExecutor:
 
     def _network(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
         x = call.x if len(call.x) == len(call.lanes) else call.x[list(call.lanes)]
+        if call.merging is not None:
+            args = (x, call.timesteps, call.conditions, variant, call.turns, call.resume)
+            return self.denoiser.evaluate(*args, merging=call.merging)
+        if call.focus is not None:
+            return self.denoiser.evaluate(
+                x, call.timesteps, call.conditions, variant, call.turns, call.resume, call.focus
+            )
         if not call.turns and call.resume is None:
             return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant)
         return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant, call.turns, call.resume)
@@ -152,15 +161,30 @@ def check_compiled(plan: Plan, name: str, denoiser: Denoiser, compiler: Compiler
             raise UnsupportedError(f"step {i}: the {name} executor cannot run it: {why}; use backend='eager'")
 
 
+def _not_merged(variant: Variant, rule: Rule, denoiser: Denoiser) -> str | None:
+    """Why the model cannot merge what a rule says; None when it can."""
+    row = merge_row(variant)
+    if SITE not in denoiser.sites or row is None:
+        if (why := denoiser.why_not_kept(SITE, rule.blocks)) is not None:
+            return why
+        return f"this model's sites: {', '.join(sorted(denoiser.sites)) or 'none'}"
+    names = ("merge" if site == "attn" else f"merge_{site}" for site in row.sites)
+    return next((why for name in names if (why := denoiser.why_not_kept(name, rule.blocks)) is not None), None)
+
+
 def _beyond(variant: Variant, full: float, denoiser: Denoiser) -> str:
     """What of a variant the model cannot run; empty when there is nothing."""
-    if variant.keep != full:
-        return "a row that recomputes only some tokens"
+    if variant.keep != full and not focused(variant):
+        return "a row that computes some tokens and has no selector"
+    if focused(variant) and "kv" not in denoiser.sites:
+        return "a row that computes some tokens (this model keeps no keys and values)"
     if variant.model not in denoiser.models:
         return f"a second model ({variant.model!r})"
     for rule in variant.rules:
-        if rule.site == "merge":
-            return f"a rule on merged tokens of blocks {rule.blocks}"
+        if rule.site == SITE:
+            if (why := _not_merged(variant, rule, denoiser)) is not None:
+                return f"merged tokens of blocks {rule.blocks}: {why}"
+            continue
         if rule.action in (None, Action.COMPUTE):  # what nobody reads is not kept
             continue
         what = f"{Action(rule.action).name} of site {rule.site!r}, blocks {rule.blocks}"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vivace.engine.compiled import Evaluation
-from vivace.engine.executors import Group
+from vivace.engine.executors import Group, KernelRows
 from vivace.engine.kept import split
+from vivace.engine.merging import Merging
 from vivace.engine.plan import Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
@@ -24,7 +25,9 @@ from vivace.kernels.spec import choose
 
 def evaluation(group: Group, x: Tensor, lanes: tuple[int, ...]) -> Evaluation:
     """What a network is handed for a group."""
-    return Evaluation(x, lanes, group.rows, group.timesteps, group.conditions, group.hoisted, group.turns, group.resume)
+    merging = group.merging if group.merging is not None and group.merging.row is not None else None
+    given = group.rows, group.timesteps, group.conditions, group.hoisted, group.turns, group.resume
+    return Evaluation(x, lanes, *given, focus=group.focus, merging=merging)
 
 
 def by_branches(
@@ -54,11 +57,25 @@ def run_rows(
 ) -> None:
     """A row of a group: its predictions, by `predict` unless they are there already, then its fused steps."""
     outs: tuple[Tensor, ...] = ()
-    if group.variant is not None:
+    variant = group.variant
+    if variant is not None:
+        if group.tokens is not None:
+            with timeline.span(group.records, "select_tokens", group.row, len(group.lanes)):
+                group = replace(group, focus=group.tokens.select())
         with timeline.span(group.records, "network", group.row, len(group.lanes)):
             outs = predict(group, pool) if group.given is None else group.given
+            if group.tokens is not None:
+                outs = group.tokens.merge(outs, group.outs or variant.branches)
+        if group.merging is not None:
+            _note(group.merging, variant, group.outs, outs)
     with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
         finish_rows(group, pool, outs)
+
+
+def _note(merging: Merging, variant: Variant, names: Sequence[str], outs: Sequence[Tensor]) -> None:
+    """What later merges need of predictions, by the branches that ran."""
+    found = zip(names or variant.branches, outs, strict=True)
+    merging.note({name: out for name, out in found if name in variant.branches})
 
 
 def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:
@@ -68,7 +85,7 @@ def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:
     """
     launch = group.kernel_rows[0] if len(group.kernel_rows) == 1 else None
     if launch is not None and len(launch.positions) == len(group.lanes) and not launch.reduces:
-        return _again(group, pool, outs, launch.rows)
+        return _again(group, pool, outs, launch)
     lanes, seeds, pictures = torch.tensor(group.lanes), torch.tensor(group.seeds), torch.tensor(group.pictures)
     adjust = pool.state.new_empty(len(lanes), 3)  # of each sample, from its reduction row to the next rows
     for launch in group.kernel_rows:
@@ -80,6 +97,9 @@ def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:
         inputs: Any = {"tensors": pool.tensors, "seeds": seeds, "pictures": pictures}
         if not whole:
             inputs |= {"seeds": seeds[here], "pictures": pictures[here]}
+        if launch.fans:
+            classes, patch = _by_class(group)
+            inputs |= {"classes": classes if whole else classes.index_select(0, there), "patch": patch}
         if launch.reduces:
             found = sample_adjust(*call, **inputs)
             adjust = found if whole else adjust.index_copy_(0, there, found)
@@ -87,16 +107,27 @@ def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:
             solver_step(*call, **inputs, net=pool.net, adjust=adjust if whole else adjust.index_select(0, there))
 
 
-def _again(group: Group, pool: Pool, outs: Sequence[Tensor], rows: tuple[int, ...]) -> None:
+def _again(group: Group, pool: Pool, outs: Sequence[Tensor], kernel_rows: KernelRows) -> None:
     """The usual launch, all samples and one row each: after the first row of a loop only row numbers are new."""
+    rows, by_class = kernel_rows.rows, kernel_rows.fans
+    classes, patch = _by_class(group) if by_class else (None, ())
     where = tuple([(out.data_ptr(), out.shape, out.stride(), out.dtype) for out in outs])
-    key = (group.lanes, group.seeds, group.pictures, where, torch.get_num_threads())
+    key = (group.lanes, group.seeds, group.pictures, where, torch.get_num_threads(), patch)
     given: Any = {"net": pool.net, "tensors": pool.tensors, "seeds": group.seeds, "pictures": group.pictures}
+    if by_class:
+        given |= {"classes": classes, "patch": patch}
     launch = pool.call(key, lambda: bind_step(pool.state, outs, pool.table, rows, group.lanes, **given))
     if launch is None:
         solver_step(pool.state, outs, pool.table, rows, group.lanes, **given)
     else:
-        launch(rows)
+        launch(rows, classes)
+
+
+def _by_class(group: Group) -> tuple[Tensor, tuple[int, ...]]:
+    """Classes of the tokens of a group's samples, uint8 [n, N], and the edges of a token."""
+    tokens = group.tokens
+    assert tokens is not None and tokens.classes is not None, "a row with coefficients by age has its tokens' classes"
+    return tokens.classes, tokens.patch
 
 
 def _on_device(positions: Tensor, device: torch.device) -> Tensor:

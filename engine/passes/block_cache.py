@@ -40,8 +40,8 @@ def apply_block_cache(
         history: what the output of a row that does not compute everything means to a multistep solver. "own": it
             stands for its own row like any other. "lower_order": the row and those after it take order 1 and build up
             anew. "computed": rows after it read those of fully computed rows instead, at their own times.
-        errors: what decides orders in rows of 8 bits: a calibration table of kind "cache"; None: an estimate; False:
-            nothing, they stay as planned.
+        errors: what decides orders in rows of 8 bits, and where 8 bits are kept: a calibration table of kind "cache";
+            None: an estimate; False: nothing, they stay as planned.
         measured: fingerprint and latent_shape that the planner's numbers belong to; default: those of its table.
     Returns: the plan with rules, forecast weights, and a recipe that names this pass. A planner that gives nothing
         again (interval 1, alpha 0, threshold 0) adds no rule.
@@ -59,7 +59,7 @@ def apply_block_cache(
     if origin is not None:
         check_measured(type(made).__name__, origin, plan)
     wanted = settle(made.schedule(plan), plan)
-    schedule = calmed(wanted, plan, errors)
+    schedule = calmed(wanted, plan, errors, store)
     what, values = type(made).__name__, {} if made.searched else made.arguments()
     recorded: dict[str, Any] = {"store": store, "history": history}
     if errors is not None or made.searched:
@@ -80,7 +80,7 @@ def cut(plan: Plan, args: Args, first: int) -> Args:
     values = args.to_dict()
     kept = {name: values.pop(name) for name in ("store", "history", "measured", "errors") if name in values}
     planner = make_planner(values.pop("planner"), values)
-    schedule = calmed(settle(planner.schedule(plan), plan), plan, kept.get("errors"))
+    schedule = calmed(settle(planner.schedule(plan), plan), plan, kept.get("errors"), kept.get("store"))
     tail = written(tail_of(schedule, plan, first), planner)
     return Args.of({"planner": Scheduled.__name__, **tail, **kept, "errors": False})
 
@@ -91,7 +91,7 @@ def _cached(plan: Plan, schedule: Schedule, recorded: dict[str, Any]) -> Plan:
     rules: list[list[Rule]] = [[] for _ in range(count)]
     weights: list[list[float]] = [list(step.forecast) for step in plan.steps if step.variant is not None]
     for track in schedule.tracks:
-        blocks = absolute(plan, track.blocks, NAME)
+        blocks = absolute(plan, track.blocks, NAME, track.site)
         reads = reads_of(schedule, track, before)
         for i, order in kept_of(reads).items():
             rules[i].append(Rule(blocks, track.site, action=Action.COMPUTE, order=order, store=recorded["store"]))

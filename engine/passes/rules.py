@@ -26,14 +26,14 @@ def span(plan: Plan, first: int, last: int) -> tuple[int, int]:
     return first, plan.binding.blocks - last
 
 
-def absolute(plan: Plan, blocks: tuple[int, int], name: str) -> tuple[int, int]:
-    """The range as the plan's rules write it: of a bound plan in absolute numbers. Raises ArgumentError."""
+def absolute(plan: Plan, blocks: tuple[int, int], name: str, site: str = "block") -> tuple[int, int]:
+    """The range as the plan's rules on `site` write it: of a bound plan in absolute numbers. Raises ArgumentError."""
     if plan.binding is None:
         return blocks
-    count = plan.binding.blocks
+    count, what = (plan.binding.layers, "layers") if site == "layer" else (plan.binding.blocks, "blocks")
     first, last = blocks[0] + count * (blocks[0] < 0), blocks[1] + count * (blocks[1] <= 0)
     if not 0 <= first < last <= count:
-        raise ArgumentError(f"{name}: blocks {blocks} are none of the model's {count}; (0, 0) is all")
+        raise ArgumentError(f"{name}: {what} {blocks} are none of the model's {count}; (0, 0) is all")
     return first, last
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from vivace.engine.caching import SITES
+from vivace.engine.caching import FEATURES
 from vivace.engine.plan import Plan, Step
 from vivace.errors import ArgumentError
 
@@ -161,7 +161,7 @@ def require_share(planner: str, name: str, value: Any, high: float = math.inf) -
     return float(value)
 
 
-def require_sites(planner: str, sites: Any, allowed: Sequence[str] = SITES) -> tuple[str, ...]:
+def require_sites(planner: str, sites: Any, allowed: Sequence[str] = FEATURES) -> tuple[str, ...]:
     """Distinct names of sites. Raises ArgumentError."""
     names = (sites,) if isinstance(sites, str) else tuple(sites) if isinstance(sites, (list, tuple)) else ()
     if not names or len(set(names)) < len(names) or any(name not in allowed for name in names):

@@ -29,7 +29,9 @@ class DeepCache(Planner):
     """DeepCache: only the rim of a U-Net runs; what enters the outer up block from within is given again.
 
     interval: evaluations from a full one to the next. branch: pairs of blocks besides the outermost pair that run, so
-        blocks [1 + branch, L - 1 - branch) are given again.
+        blocks [1 + branch, L - 1 - branch) are given again. layer: the depth by single layers in place of blocks, as
+        published: the first `layer` layers and the last 1 + layer run, layers [layer, L - 1 - layer) are given again.
+        A layer is a resnet with its attention, a sampler that widens or narrows on the way down, or the middle block.
     centre: evaluation around which full ones are densest, None: evenly spaced. power: how much denser, above 1.
     Source: Ma et al. 2023, arXiv 2312.00858, section 3.3 and 3.4 (non-uniform 1:N).
     """
@@ -38,18 +40,25 @@ class DeepCache(Planner):
     branch: int = 0
     centre: int | None = None
     power: float = 1.4
+    layer: int | None = None
 
     def schedule(self, plan: Plan) -> Schedule:
-        """One track: the output of the inner blocks."""
+        """One track: the output of the inner blocks or layers."""
         interval = require_count("DeepCache", "interval", self.interval, 1)
         branch, count = require_count("DeepCache", "branch", self.branch), plan.nfe
+        track = "block", (1 + branch, -1 - branch)
+        if self.layer is not None:
+            if branch:
+                raise ArgumentError(f"DeepCache: branch={branch} and layer={self.layer}; say the depth in one way")
+            layer = require_count("DeepCache", "layer", self.layer)
+            track = "layer", (layer, -1 - layer)
         if self.centre is None or interval == 1:
             computed = spaced(count, interval, required(plan))
         else:
             dense = self._around(require_count("DeepCache", "centre", self.centre), math.ceil(count / interval), count)
             computed = tuple(i in dense | required(plan) for i in range(count))
         orders = tuple(None if full else 0 for full in computed)
-        return Schedule((Track("block", (1 + branch, -1 - branch), orders),), times_of(plan, STEP))
+        return Schedule((Track(*track, orders),), times_of(plan, STEP))
 
     def _around(self, centre: int, wanted: int, count: int) -> set[int]:
         """`wanted` evaluations evenly spaced in s |i - centre|^(1/power), s the side of the centre."""

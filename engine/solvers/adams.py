@@ -43,15 +43,26 @@ def deis(
     return lagrange_rows(grid, prediction, orders, form="eps", variable=variable, ages=ages)
 
 
-def lms(grid: Grid, prediction: str, *, order: int = 4, lower_order_final: bool = True) -> tuple[Step, ...]:
+def lms(
+    grid: Grid,
+    prediction: str,
+    *,
+    order: int = 4,
+    lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
+) -> tuple[Step, ...]:
     """Rows of the linear multistep method: Adams-Bashforth of dy/d rho = eps, y = x/alpha, on any grid.
 
-    order: evaluations used, 1..4; lower_order_final: order <= rows left, at any number of steps.
+    Args:
+        order: evaluations used, 1..4; lower_order_final: order <= rows left, at any number of steps.
+        history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`.
     Source: Hairer, Norsett and Wanner 1993, chapter III.5 (variable step size Adams).
     """
     require_order("lms", order, HIGHEST)
     orders = falling_orders(grid.steps, order, require_flag("lms", "lower_order_final", lower_order_final))
-    return lagrange_rows(grid, prediction, orders, form="eps", variable="rho")
+    ages = planned_ages("lms", grid.steps, orders, history, cached)
+    return lagrange_rows(grid, prediction, orders, form="eps", variable="rho", ages=ages)
 
 
 def lagrange(
@@ -63,6 +74,8 @@ def lagrange(
     order: int = 3,
     orders: Sequence[int] | None = None,
     lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
     """Rows of the generic rule, every choice free.
 
@@ -70,6 +83,7 @@ def lagrange(
         form: what is interpolated, "x0" or "eps"; variable: in which variable, "lam", "rho" or "t".
         order: evaluations used, 1..4; orders: the same for each row, in place of `order` and `lower_order_final`.
         lower_order_final: order <= rows left, at any number of steps.
+        history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`.
     Source: Liu et al. 2023 (Unified Sampling Framework), section 3.
     """
     choose("lagrange: form", form, ("x0", "eps"))
@@ -80,4 +94,5 @@ def lagrange(
         if isinstance(orders, str) or len(orders) != grid.steps:
             raise ArgumentError(f"lagrange: orders must be one order a row ({grid.steps}), got {orders!r}")
         asked = [require_order("lagrange: orders", each, HIGHEST) for each in orders]
-    return lagrange_rows(grid, prediction, asked, form=form, variable=variable)
+    ages = planned_ages("lagrange", grid.steps, asked, history, cached)
+    return lagrange_rows(grid, prediction, asked, form=form, variable=variable, ages=ages)

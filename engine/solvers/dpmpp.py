@@ -88,18 +88,22 @@ def dpmpp_2m_sde(
     s_noise: float = 1.0,
     variant: str = "midpoint",
     lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
     """Rows of SDE-DPM-Solver++ 2M.
 
     Args:
         eta: strength of the SDE, 0 the ODE of `dpmpp_2m`; s_noise: factor on the fresh noise.
         variant: "midpoint" or "heun"; lower_order_final: order <= rows left, at any number of steps.
+        history, cached: what rows that did not compute everything mean to later ones, see `rows.planned_ages`.
     """
     eta = require_number("dpmpp_2m_sde", "eta", eta)
     scale = require_number("dpmpp_2m_sde", "s_noise", s_noise)
     choose("dpmpp_2m_sde: variant", variant, VARIANTS)
     orders = falling_orders(grid.steps, 2, require_flag("dpmpp_2m_sde", "lower_order_final", lower_order_final))
-    return dpmpp_rows(grid, prediction, orders, variant, eta=eta, s_noise=scale)
+    ages = planned_ages("dpmpp_2m_sde", grid.steps, orders, history, cached)
+    return dpmpp_rows(grid, prediction, orders, variant, eta=eta, s_noise=scale, ages=ages)
 
 
 def dpmpp_rows(

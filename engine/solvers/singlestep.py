@@ -23,6 +23,7 @@ from vivace.engine.solvers.rows import (
     falling_orders,
     first_update,
     levels_of,
+    planned_ages,
     require_flag,
     require_number,
     require_order,
@@ -49,6 +50,8 @@ def dpm_solver(
     variant: str = "multistep",
     solver_type: str = "midpoint",
     lower_order_final: bool = True,
+    history: str = "own",
+    cached: Sequence[int] = (),
 ) -> tuple[Step, ...]:
     """Rows of DPM-Solver, eps form.
 
@@ -58,13 +61,20 @@ def dpm_solver(
         solver_type: "midpoint" or "heun" (exact for an eps linear in lam); third-order multistep rows are exact for a
             quadratic eps with either.
         lower_order_final: of multistep: order <= rows left, at any number of steps.
+        history, cached: of multistep: what rows that did not compute everything mean to later ones, see
+            `rows.planned_ages`.
     """
     require_order("dpm_solver", order, 3)
     choose("dpm_solver: variant", variant, KINDS)
     choose("dpm_solver: solver_type", solver_type, VARIANTS)
     orders = falling_orders(grid.steps, order, require_flag("dpm_solver", "lower_order_final", lower_order_final))
+    ages = planned_ages("dpm_solver", grid.steps, orders, history, cached)
     if variant == "multistep":
-        return dpmpp_rows(grid, prediction, orders, solver_type, form="eps", third="third_order")
+        return dpmpp_rows(grid, prediction, orders, solver_type, form="eps", third="third_order", ages=ages)
+    if history != "own":
+        raise ArgumentError(
+            f"dpm_solver: history {history!r} is of variant 'multistep'; singlestep reads no step before"
+        )
     places = {1: (), 2: (0.5,), 3: (1.0 / 3.0, 2.0 / 3.0)}[order]
     return _on_grid("dpm_solver", grid, prediction, order, solver_type, places, "eps")
 

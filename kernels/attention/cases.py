@@ -34,6 +34,12 @@ def one_key_for_all(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return query, key[:1, :, :1].expand_as(key), value[:1, :, :1].expand_as(value)
 
 
+def kept(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values side by side in a row [L, M, 2, H, K]."""
+    key, value = torch.stack((key, value), dim=2).unbind(2)
+    return query, key, value
+
+
 def nan_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One element of one query."""
     query[0, 0, 0, 0] = math.nan
@@ -69,13 +75,18 @@ def make(
     spread: float = 1.0,
     layout: Layout | None = None,
     into_gaps: bool = False,
+    lanes: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Call:
-    """One call on normals, queries of deviation `spread`; into_gaps: with an `out` whose heads lie apart."""
+    """One call on normals, queries of deviation `spread`; into_gaps: with an `out` whose heads lie apart; lanes: of
+    each sample, among two more than the highest of them.
+    """
     generator = torch.Generator().manual_seed(math.prod(shape))
     own = getattr(torch, dtype)
     batch, tokens, heads, width = shape
-    many = (batch, tokens if keys is None else keys, heads, width)
+    many = (batch if lanes is None else max(lanes) + 3, tokens if keys is None else keys, heads, width)
+    if lanes is not None:
+        options["lanes"] = torch.tensor(lanes, device=device)
     query, key, value = (torch.randn(size, generator=generator) for size in (shape, many, many))
     # Rounded before they become float64: the numbers are the same in every dtype.
     tensors = tuple(tensor.to(device, own) for tensor in (query * spread, key, value))
@@ -119,6 +130,8 @@ def cases() -> tuple[Case, ...]:
         case("NaN in a key", layout=nan_key),
         case("NaN in a value", layout=nan_value),
         case("infinite scores", layout=infinite),
+        case("kept keys", shape=(2, 20, 2, 64), keys=80, lanes=(3, 1), layout=kept),
+        case("kept keys of 72", shape=(3, 9, 2, 72), keys=70, lanes=(1, 0, 1)),
         case("size 1", shape=(B, 1, 1, 1)),
         case("size 123", shape=(1, 123, 1, 123), keys=123),
         case("size 4097", shape=(1, 2, 1, 8), keys=4097),

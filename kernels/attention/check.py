@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vivace.errors import ArgumentError, DtypeError, ShapeError
+from vivace.kernels.cache_update.check import check_lanes
 from vivace.kernels.norm_modulate.check import DTYPES, dtype_name
 
 
@@ -17,6 +18,7 @@ def check(
     *,
     op: str = "attention",
     dtypes: tuple[str, ...] = DTYPES,
+    lanes: Any = None,
 ) -> tuple[str, float]:
     """Name of the working dtype, and the scale. Raises ShapeError, DtypeError, ArgumentError."""
     name = dtype_name(query.dtype)
@@ -25,8 +27,8 @@ def check(
     shape, many = query.shape, key.shape
     if len(shape) != 4:
         raise ShapeError(f"{op}: query has shape {tuple(shape)}, needs [B, N, H, K]")
-    if len(many) != 4 or many[0] != shape[0] or many[2:] != shape[2:]:
-        needs = f"[{shape[0]}, M, {shape[2]}, {shape[3]}]"
+    if len(many) != 4 or (lanes is None and many[0] != shape[0]) or many[2:] != shape[2:]:
+        needs = f"[{shape[0] if lanes is None else 'L'}, M, {shape[2]}, {shape[3]}]"
         raise ShapeError(f"{op}: key has shape {tuple(many)}, needs {needs} beside query {tuple(shape)}")
     if value.shape != many:
         raise ShapeError(f"{op}: value has shape {tuple(value.shape)}, needs {tuple(many)} as key")
@@ -37,6 +39,10 @@ def check(
         if out.shape != shape:
             raise ShapeError(f"{op}: out has shape {tuple(out.shape)}, needs {tuple(shape)} as query")
         _check_like(op, "out", out, query)
+    if lanes is not None:
+        check_lanes(op, lanes, key, distinct=False)
+        if lanes.shape[0] != shape[0]:
+            raise ShapeError(f"{op}: {lanes.shape[0]} lanes for {shape[0]} rows of query; needs one of each")
     if scale is None:
         return name, shape[3] ** -0.5 if shape[3] else 1.0
     if not 0.0 < scale < float("inf"):

@@ -16,7 +16,13 @@ __all__ = ["attention", "why_not"]
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, out: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    lanes: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v of every head.
 
@@ -34,5 +40,7 @@ def attention(
         CODES[query.dtype],
         width**-0.5 if scale is None else scale,
         torch.get_num_threads(),
+        None if lanes is None else lanes.tolist(),
+        len(key),
     )
     return out

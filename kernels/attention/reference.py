@@ -9,9 +9,17 @@ from vivace.kernels.norm_modulate.reference import working_dtype
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, out: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    lanes: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v of every head; scale None: 1 / sqrt(K)."""
+    if lanes is not None:
+        key, value = key[lanes], value[lanes]
     q, k, v = (tensor.to(working_dtype(query)).transpose(1, 2) for tensor in (query, key, value))
     factor = query.shape[3] ** -0.5 if scale is None else scale
     result = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out

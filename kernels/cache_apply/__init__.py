@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vivace.errors import ArgumentError, DtypeError, ShapeError
-from vivace.kernels.cache_update.check import check_device, check_kept, check_lanes, check_rows, flat, working
+from vivace.kernels.cache_update.check import (
+    check_device,
+    check_ids,
+    check_kept,
+    check_lanes,
+    check_rows,
+    flat,
+    tokens_of,
+    working,
+)
 from vivace.kernels.norm_modulate.check import as_rows, check_vector, dtype_name
 from vivace.kernels.spec import choose, define, load
 
@@ -26,6 +35,7 @@ def cache_apply(
     out: Tensor | None = None,
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ids: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """v = sum_j weights[r, j] * kept[lanes[r], j]; hidden + gate * v, or v.
@@ -42,6 +52,8 @@ def cache_apply(
         gate: [W], [R, W] or [R, N, W], with 1 for R or N where it is shared; float32 or hidden's dtype. None: 1.
         out: written when given; may be hidden.
         scales: float32 [L, P, N] of int8 planes.
+        ids: int32 [n, M], R a multiple of n: row r is about tokens ids[r % n] alone; hidden and out are [R, M, W].
+            Numbers on a GPU are not looked at. None: all N.
         dtype: of v where hidden is None; None: that of `out`, else float32 (float64 of float64).
         backend: "reference" | "cpu" | "triton" | "auto"; None: VIVACE_BACKEND, then "auto".
     Returns: [R, N, W], dtype of hidden, or `dtype`. No gradients.
@@ -52,7 +64,9 @@ def cache_apply(
     store = check_kept(op, kept, scales)
     check_lanes(op, lanes, kept, distinct=False)
     _check_weights(op, weights, lanes, kept)
-    shape = (lanes.shape[0], *kept.shape[2:])
+    if ids is not None:
+        check_ids(op, ids, lanes, kept)
+    shape = (lanes.shape[0], *tokens_of(kept, ids), kept.shape[-1])
     if hidden is None and gate is not None:
         raise ArgumentError(f"{op}: gate is for a sum with hidden, which is not given")
     if hidden is not None:
@@ -71,7 +85,7 @@ def cache_apply(
     if out.numel():
         planes, factors = flat(kept, scales)
         load(SPEC, choice.backend)(
-            planes, lanes, weights, hidden=into, gate=gate, out=written, scales=factors, dtype=wanted
+            planes, lanes, weights, hidden=into, gate=gate, out=written, scales=factors, dtype=wanted, ids=ids
         )
     return out
 

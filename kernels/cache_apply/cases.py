@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vivace.kernels.cache_update.cases import STORES, hidden_like, memory
+from vivace.kernels.cache_update.cases import STORES, hidden_like, memory, some_tokens
 from vivace.kernels.norm_modulate.cases import DTYPES, SHAPE, B, D, Draw, N
 from vivace.kernels.spec import Call, Case
 
@@ -28,12 +28,14 @@ def make(
     gate: tuple[int, ...] | str | None = "chunks",
     nan: bool = False,
     one_lane: bool = False,
+    of: int | None = None,
 ) -> Call:
     """One call. layout: of hidden; weights: of each row, None: drawn; alone: no hidden, v in `dtype`; gate: its shape
-    without the last axis, "chunks", or None; nan: one in plane 0 of the last row; one_lane: all rows read the first's.
+    without the last axis, "chunks", or None; nan: one in plane 0 of the last row; one_lane: all rows read the first's;
+    of: how many tokens are kept, of which rows are about some, None: those of hidden.
     """
     draw = Draw(dtype, device, vectors)
-    kept, scales, lanes = memory(draw, shape, store, planes)
+    kept, scales, lanes = memory(draw, shape if of is None else (shape[0], of, shape[2]), store, planes)
     if nan and scales is None:
         kept[lanes[-1:].cpu(), 0, 0, 1] = torch.tensor(math.nan).to(kept.device, kept.dtype)
     elif scales is not None and nan:
@@ -45,6 +47,8 @@ def make(
         drawn = torch.tensor(weights).expand(shape[0], terms)
     drawn = drawn.to(device, torch.float64 if dtype == "float64" else torch.float32)
     options: dict[str, Any] = {} if scales is None else {"scales": scales}
+    if of is not None:
+        options["ids"] = some_tokens(draw, shape[0], shape[1], of)
     if alone:
         return Call((kept, lanes, drawn), options | {"dtype": draw.dtype})
     options["hidden"] = hidden_like(draw, shape, layout)
@@ -82,6 +86,9 @@ def cases() -> tuple[Case, ...]:
         case("one gate", gate=(), vectors="float32", **two),
         case("rows with gaps", layout="gaps", **two),
         case("tokens outermost", layout="swapped", store="int8", **two),
+        case("some tokens", of=7, **two),
+        case("some tokens alone", of=5, alone=True, store="bfloat16", **two),
+        case("some tokens of int8", of=5, store="int8", **three),
         case("two axes", shape=(5, 70), gate=(5,), **two),
         case("four axes", shape=(2, 3, 2, 48), gate=None, store="int8", **two),
         case("size 1", shape=(B, N, 1), gate=(B,), **two),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vivace import _C
-from vivace.kernels.cache_update.cpu_impl import planes, why_not
+from vivace.kernels.cache_update.cpu_impl import planes, some, why_not
 from vivace.kernels.norm_modulate.cpu_impl import rows, vector
 
 __all__ = ["cache_apply", "why_not"]
@@ -22,13 +22,14 @@ def cache_apply(
     out: Tensor | None = None,
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """v = sum_j weights[r, j] * plane j; hidden + gate * v, or v.
 
     Uses at most `torch.get_num_threads()` threads of the extension's own pool; the bits do not depend on them.
     """
     if out is None:
-        shape = (lanes.shape[0], *kept.shape[2:])
+        shape = (lanes.shape[0], kept.shape[2] if ids is None else ids.shape[1], kept.shape[3])
         out = kept.new_empty(shape, dtype=torch.float32 if dtype is None else dtype)
     weights = weights.contiguous()
     _C.cache_apply(
@@ -39,6 +40,7 @@ def cache_apply(
         None if hidden is None else rows(hidden),
         None if gate is None else vector(gate),
         rows(out),
+        some(ids, kept),
         out.shape,
         torch.get_num_threads(),
     )

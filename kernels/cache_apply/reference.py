@@ -18,11 +18,12 @@ def cache_apply(
     out: Tensor | None = None,
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """v = sum_j weights[r, j] * plane j; hidden + gate * v, or v."""
     v = None
     for j in range(weights.shape[1]):
-        term = weights[:, j, None, None] * plane(kept, lanes, j, scales, weights.dtype)
+        term = weights[:, j, None, None] * plane(kept, lanes, j, scales, weights.dtype, ids)
         v = term if v is None else v + term
     assert v is not None  # one term at least
     if hidden is not None:

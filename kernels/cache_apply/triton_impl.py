@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vivace.kernels.cache_update.triton_impl import BLOCK, as_bytes, kept_at, kept_row, why_not
+from vivace.kernels.cache_update.triton_impl import BLOCK, as_bytes, kept_at, kept_row, kept_token, some, why_not
 from vivace.kernels.norm_modulate.triton_impl import place, read, row_block, rows, vector, warps, write
 from vivace.kernels.philox_normal.triton_impl import on_device
 
@@ -26,10 +26,12 @@ def cache_apply(
     out: Tensor | None = None,
     scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """v = sum_j weights[r, j] * plane j; hidden + gate * v, or v; one pass."""
     if out is None:
-        out = kept.new_empty((lanes.shape[0], *kept.shape[2:]), dtype=dtype)
+        count = kept.shape[2] if ids is None else ids.shape[1]
+        out = kept.new_empty((lanes.shape[0], count, kept.shape[3]), dtype=dtype)
     batch, tokens, width = out.shape
     block = min(BLOCK, row_block(width))
     with on_device(kept.device):
@@ -41,6 +43,8 @@ def cache_apply(
             *(vector(None) if hidden is None else rows(hidden)),
             *vector(gate),
             *rows(out),
+            ids,
+            *some(ids, kept),
             tokens,
             width,
             kept.shape[1],
@@ -67,6 +71,9 @@ def _cache_apply(
     out,
     out_sample,
     out_token,
+    ids,
+    samples,
+    all_tokens,  # that are kept
     tokens,
     width,
     planes,
@@ -76,10 +83,10 @@ def _cache_apply(
     b, n = place(tokens)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = i < width
-    row = kept_row(lanes, b, n, planes, tokens)
+    row = kept_row(lanes, b, kept_token(ids, samples, tokens, b, n), planes, all_tokens)
     value = tl.load(weights + b * TERMS) * kept_at(kept, scales, row, width, i, here)
     for j in tl.static_range(1, TERMS):
-        value = value + tl.load(weights + b * TERMS + j) * kept_at(kept, scales, row + j * tokens, width, i, here)
+        value = value + tl.load(weights + b * TERMS + j) * kept_at(kept, scales, row + j * all_tokens, width, i, here)
     if hidden is not None:
         if gate is not None:
             value = read(gate + b * gate_sample + n * gate_token, i, here) * value

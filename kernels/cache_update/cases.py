@@ -30,18 +30,22 @@ def make(
     vectors: str | None = None,
     gate: tuple[int, ...] | str | None = "chunks",
     edit: Callable[[Tensor], None] | None = None,
+    of: int | None = None,
 ) -> Call:
     """One call, its sum written into a tensor of its own.
 
     layouts: of fresh and base, and of hidden; beside: dtype of hidden ("same": of fresh), None: no sum; gate: its shape
-    without the last axis, "chunks", or None; edit: changes fresh in place.
+    without the last axis, "chunks", or None; edit: changes fresh in place; of: how many tokens are kept, of which rows
+    are about some, None: those of fresh.
     """
     draw = Draw(dtype, device, vectors)
-    kept, scales, lanes = memory(draw, shape, store, planes)
+    kept, scales, lanes = memory(draw, shape if of is None else (shape[0], of, shape[2]), store, planes)
     fresh = hidden_like(draw, shape, layouts[0])
     if edit is not None:
         edit(fresh)
     options: dict[str, Any] = {"made": made}
+    if of is not None:
+        options["ids"] = some_tokens(draw, shape[0], shape[1], of)
     writes = [kept]
     if scales is not None:
         options["scales"] = scales
@@ -72,6 +76,12 @@ def memory(draw: Draw, shape: tuple[int, ...], store: str, planes: int) -> tuple
     scales = torch.rand(values.shape[:-1], generator=draw.generator) / 30.0 + 0.001
     numbers = (values * 30.0).round().clamp(-127.0, 127.0).to(draw.device, torch.int8)
     return numbers, scales.to(draw.device), lanes
+
+
+def some_tokens(draw: Draw, samples: int, count: int, of: int) -> Tensor:
+    """ids int32 [samples, count]: ascending, other ones for each sample."""
+    rows = [torch.randperm(of, generator=draw.generator)[:count].sort().values for _ in range(samples)]
+    return torch.stack(rows).to(draw.device, torch.int32)
 
 
 def hidden_like(draw: Draw, shape: tuple[int, ...], layout: str) -> Tensor:
@@ -124,6 +134,9 @@ def cases() -> tuple[Case, ...]:
         case("one gate", gate=(), **two),
         case("rows with gaps", layouts=("gaps", "plain"), base=True, **two),
         case("tokens outermost", layouts=("swapped", "gaps"), store="int8", **two),
+        case("some tokens", of=7, **two),
+        case("some tokens, added nowhere", of=N, beside=None),
+        case("some tokens of int8", of=5, store="int8", base=True, **three),
         case("two axes", shape=(5, 70), gate=(5,), **two),
         case("four axes", shape=(2, 3, 2, 48), gate=None, store="int8", **two),
         case("size 1", shape=(B, N, 1), gate=(B,), **two),

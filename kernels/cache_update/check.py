@@ -57,6 +57,27 @@ def check_lanes(op: str, lanes: Any, kept: Any, *, distinct: bool) -> None:
         raise ArgumentError(f"{op}: lanes {numbers} hold one twice; each row needs its own")
 
 
+def check_ids(op: str, ids: Any, lanes: Any, kept: Any) -> None:
+    """int32 [n, M] in one piece, n dividing the rows, beside kept tokens of one axis; numbers looked at on a processor.
+
+    Raises: ShapeError, DtypeError, ArgumentError.
+    """
+    if kept.dim() != 4 or ids.dim() != 2 or not ids.shape[0] or lanes.shape[0] % ids.shape[0]:
+        raise ShapeError(
+            f"{op}: ids have shape {tuple(ids.shape)}, need [n, M] in one piece beside kept [L, P, N, W] and "
+            f"{lanes.shape[0]} lanes, a multiple of n"
+        )
+    if dtype_name(ids.dtype) != "int32" or not ids.is_contiguous():
+        raise DtypeError(f"{op}: ids are {dtype_name(ids.dtype)}, need int32 in one piece")
+    check_device(op, "ids", ids, kept)
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= kept.shape[2]:
+        raise ArgumentError(
+            f"{op}: ids from {int(ids.min())} to {int(ids.max())} leave the {kept.shape[2]} tokens kept"
+        )
+
+
 def check_rows(op: str, what: str, rows: Any, shape: tuple[int, ...], kept: Any) -> str:
     """Rows of that shape, elements side by side, on the device of kept; returns the name of their dtype.
 
@@ -77,6 +98,11 @@ def check_device(op: str, what: str, tensor: Any, kept: Any) -> None:
     """One device for all. Raises ArgumentError."""
     if tensor.device != kept.device:
         raise ArgumentError(f"{op}: {what} is on {tensor.device}, kept on {kept.device}; move it with .to(device)")
+
+
+def tokens_of(kept: Any, ids: Any) -> tuple[int, ...]:
+    """The shape of the tokens of a row that a call is about."""
+    return tuple(kept.shape[2:-1]) if ids is None else (ids.shape[1],)
 
 
 def flat(kept: Any, scales: Any) -> tuple[Any, Any]:

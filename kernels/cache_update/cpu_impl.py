@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+NO_IDS = 0, 1, 0
 Planes = tuple[int, int, int, int, int]  # address, dtype, lanes, planes, address of the scales or 0
 
 
@@ -34,6 +35,7 @@ def cache_update(
     gate: Tensor | None = None,
     out: Tensor | None = None,
     scales: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor | None:
     """D_0' = fresh - base, D_{j+1}' = D_j' - D_j; hidden + gate * (fresh - base).
 
@@ -50,10 +52,16 @@ def cache_update(
         None if hidden is None else rows(hidden),
         None if gate is None else vector(gate),
         None if out is None else rows(out),
+        some(ids, kept),
         fresh.shape,
         torch.get_num_threads(),
     )
     return out
+
+
+def some(ids: Tensor | None, kept: Tensor) -> tuple[int, int, int]:
+    """Which tokens of kept [L, P, N, W] a call is about, ids [n, M] in one piece, as C++ takes it."""
+    return NO_IDS if ids is None else (ids.data_ptr(), ids.shape[0], kept.shape[2])
 
 
 def planes(kept: Tensor, scales: Tensor | None) -> Planes:

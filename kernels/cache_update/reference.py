@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def cache_update(
     gate: Tensor | None = None,
     out: Tensor | None = None,
     scales: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor | None:
     """D_0' = fresh - base, D_{j+1}' = D_j' - D_j; hidden + gate * (fresh - base)."""
     wide = working_dtype(fresh)
@@ -30,10 +33,10 @@ def cache_update(
         f = f - base.to(wide)
     result = None if hidden is None else added(hidden, gate, f, out)
     for j in range(made + 1):
-        old = plane(kept, lanes, j, scales, wide) if j < made else None
-        put(kept, lanes, j, scales, f)
+        old = plane(kept, lanes, j, scales, wide, ids) if j < made else None
+        put(kept, lanes, j, scales, f, ids)
         if old is not None:
-            f = plane(kept, lanes, j, scales, wide) - old
+            f = f - old
     return result
 
 
@@ -44,21 +47,30 @@ def added(hidden: Tensor, gate: Tensor | None, step: Tensor, out: Tensor | None)
     return y.to(hidden.dtype) if out is None else out.copy_(y)
 
 
-def plane(kept: Tensor, lanes: Tensor, j: int, scales: Tensor | None, wide: torch.dtype) -> Tensor:
-    """Plane j of each row [R, N, W], in that dtype."""
+def plane(
+    kept: Tensor, lanes: Tensor, j: int, scales: Tensor | None, wide: torch.dtype, ids: Tensor | None = None
+) -> Tensor:
+    """Plane j of each row [R, N, W], in that dtype; with ids of those tokens alone, [R, M, W]."""
+    at = _at(lanes, j, ids)
     if kept.itemsize > 1:
-        return kept[lanes, j].to(wide)
-    values = kept.view(torch.uint8)[lanes, j].view(kept.dtype).to(wide)
-    return values if scales is None else values * scales[lanes, j].to(wide)[..., None]
+        return kept[at].to(wide)
+    values = kept.view(torch.uint8)[at].view(kept.dtype).to(wide)
+    return values if scales is None else values * scales[at].to(wide)[..., None]
 
 
-def put(kept: Tensor, lanes: Tensor, j: int, scales: Tensor | None, values: Tensor) -> None:
-    """Plane j of each row becomes `values`, rounded to the store."""
+def put(kept: Tensor, lanes: Tensor, j: int, scales: Tensor | None, values: Tensor, ids: Tensor | None = None) -> None:
+    """Plane j of each row becomes `values`, rounded to the store; with ids of those tokens alone."""
+    at = _at(lanes, j, ids)
     if kept.itemsize > 1:
-        kept[lanes, j] = values.to(kept.dtype)
+        kept[at] = values.to(kept.dtype)
     elif scales is None:
         numbers = values.clamp(-MOST_FLOAT8, MOST_FLOAT8).to(kept.dtype)
-        kept.view(torch.uint8)[lanes, j] = numbers.view(torch.uint8)
+        kept.view(torch.uint8)[at] = numbers.view(torch.uint8)
     else:
         quotient, step = quotients(values, None, None, MOST)
-        kept[lanes, j], scales[lanes, j] = quotient.round().to(torch.int8), step.to(scales.dtype)
+        kept[at], scales[at] = quotient.round().to(torch.int8), step.to(scales.dtype)
+
+
+def _at(lanes: Tensor, j: int, ids: Tensor | None) -> tuple[Any, ...]:
+    """The index of plane j of each row; row r has the ids of sample r mod n."""
+    return (lanes, j) if ids is None else (lanes[:, None], j, ids.repeat(len(lanes) // len(ids), 1).long())

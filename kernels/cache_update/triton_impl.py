@@ -37,6 +37,7 @@ def cache_update(
     gate: Tensor | None = None,
     out: Tensor | None = None,
     scales: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor | None:
     """D_0' = fresh - base, D_{j+1}' = D_j' - D_j; hidden + gate * (fresh - base); one pass."""
     if hidden is not None and out is None:
@@ -53,6 +54,8 @@ def cache_update(
             *(vector(None) if hidden is None else rows(hidden)),
             *vector(gate),
             *(vector(None) if out is None else rows(out)),
+            ids,
+            *some(ids, kept),
             tokens,
             width,
             kept.shape[1],
@@ -62,6 +65,11 @@ def cache_update(
             enable_fp_fusion=False,
         )
     return out
+
+
+def some(ids: Tensor | None, kept: Tensor) -> tuple[int, int]:
+    """How many samples ids has, and of how many kept tokens it speaks."""
+    return 1 if ids is None else ids.shape[0], kept.shape[2]
 
 
 def as_bytes(kept: Tensor) -> Tensor:
@@ -89,6 +97,9 @@ def _cache_update(
     out,
     out_sample,
     out_token,
+    ids,
+    samples,
+    all_tokens,  # that are kept
     tokens,
     width,
     planes,
@@ -107,12 +118,21 @@ def _cache_update(
             step = read(gate + b * gate_sample + n * gate_token, i, here) * step
         y = read(hidden + b * hidden_sample + n * hidden_token, i, here) + step
         write(out + b * out_sample + n * out_token, i, here, y)
-    row = kept_row(lanes, b, n, planes, tokens)
+    row = kept_row(lanes, b, kept_token(ids, samples, tokens, b, n), planes, all_tokens)
     for _ in tl.static_range(MADE):
         old = kept_at(kept, scales, row, width, i, here)
-        value = keep(kept, scales, row, width, i, here, value) - old
-        row += tokens
+        keep(kept, scales, row, width, i, here, value)
+        value = value - old
+        row += all_tokens
     keep(kept, scales, row, width, i, here, value)
+
+
+@triton.jit
+def kept_token(ids, samples, tokens, b, n):
+    """Which kept token is token n of row b of a call."""
+    if ids is not None:
+        n = tl.load(ids + (b % samples) * tokens + n)
+    return n
 
 
 @triton.jit
@@ -135,24 +155,17 @@ def kept_at(kept, scales, row, width, i, here):
 
 @triton.jit
 def keep(kept, scales, row, width, i, here, value):
-    """Elements become those of a row of a plane; returned as they are stored."""
+    """Elements become those of a row of a plane."""
     at = kept + row * width + i
     if scales is not None:
         quotient, step, finite = quotients(value, None, None, 0, i, here, 127.0)
         step = tl.where(finite, step, float("nan"))
-        whole = _rounded(quotient)
-        tl.store(at, whole.to(tl.int8), mask=here)
+        tl.store(at, _rounded(quotient).to(tl.int8), mask=here)
         tl.store(scales + row, step)
-        stored = whole * step
     elif kept.dtype.element_ty == tl.uint8:
-        code = _to_float8(value)
-        tl.store(at, code.to(tl.uint8), mask=here)
-        stored = _of_float8(code)
+        tl.store(at, _to_float8(value).to(tl.uint8), mask=here)
     else:
-        number = value.to(kept.dtype.element_ty)
-        tl.store(at, number, mask=here)
-        stored = number.to(tl.float32)
-    return stored
+        tl.store(at, value.to(kept.dtype.element_ty), mask=here)
 
 
 @triton.jit

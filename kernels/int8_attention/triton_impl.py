@@ -308,7 +308,7 @@ def _weighted(weights, y, values, begin: tl.constexpr, here, WIDTH: tl.constexpr
         v = tl.load(values + i[None, :])
     if y.dtype == tl.float64:
         return tl.dot(weights, v.to(tl.float32).to(tl.float64), y, out_dtype=tl.float64)
-    return tl.dot(weights, v, y, out_dtype=tl.float32)
+    return tl.dot(weights, v, y, input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit

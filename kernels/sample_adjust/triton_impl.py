@@ -172,7 +172,7 @@ def _combine(
         scale = tl.load(ints + _SCALE_AT + j, volatile=True)
         value = read_value(
             source, scale, limit, state, slot_stride, outs, out_strides, tensors, seeds, pictures, sample, first,
-            KINDS[j], SCALES[j], ALIGNED, BLOCK,
+            first + tl.arange(0, BLOCK), KINDS[j], SCALES[j], ALIGNED, BLOCK,
         )  # fmt: skip
         y0 = tl.where(c0 != 0.0, y0 + c0 * value, y0)
         y1 = tl.where(c1 != 0.0, y1 + c1 * value, y1)

@@ -106,8 +106,13 @@ def make(
     tensors: int = 0,
     layout: Callable[[Tensor], Tensor] | None = None,
     edit: Callable[[Tensor], None] | None = None,
+    classes: int = 0,
+    patch: Sequence[int] = (),
 ) -> Call:
-    """One call on unit normals; outs and network input in `dtype`, the pool in float32, or float64 with them."""
+    """One call on unit normals; outs and network input in `dtype`, the pool in float32, or float64 with them.
+
+    classes: tokens of `patch` are of so many; the last sample is of one, the rows of the table from its own on.
+    """
     generator = torch.Generator().manual_seed(len(rows) + 16 * math.prod(shape))
     state = torch.float64 if dtype == "float64" else torch.float32
 
@@ -128,6 +133,11 @@ def make(
         arguments |= {"seeds": [(1 << 64) - 3 - b * (1 << 40) for b in range(len(rows))], "pictures": [5] * len(rows)}
     if built.facts.adjusted:
         arguments["adjust"] = adjust[torch.arange(len(rows)) % len(adjust)].to(device, state)
+    if classes:
+        tokens = math.prod(size // edge for size, edge in zip(shape[len(shape) - len(patch) :], patch, strict=True))
+        mine = torch.randint(classes, (len(rows), tokens), generator=generator, dtype=torch.uint8)
+        mine[-1:] = 1
+        arguments |= {"classes": mine.to(device), "patch": tuple(patch)}
     outs = outs if layout is None else [layout(out) for out in outs]
     places = (torch.tensor(values, dtype=torch.int64) for values in (rows, index))
     return Call((pool, outs, built, *places), arguments, writes=(pool, net))
@@ -140,6 +150,7 @@ def cases() -> tuple[Case, ...]:
         return Case(name, partial(make, **arguments), DTYPES, tolerance)
 
     guided, noise = guided_row(), NORMAL_TOLERANCE
+    by_class = (guided, euler_row(), CLAMP, (Output(3, [(2, NONE, 2.0), (OUT + 1, NONE, 1.0)]),))
     mixed = (guided, euler_row(), SWAP, (Output(3, [(2, NONE, 2.0)]),), noise_row())
     return (
         case("guided unipc-3", table=(guided,), branches=2),
@@ -151,6 +162,14 @@ def cases() -> tuple[Case, ...]:
         case("mixed rows", noise, table=mixed, rows=(3, 0, 4, 2, 1), index=(1, 4, 2, 0, 5), branches=2),
         case("adjusted", table=(adjusted_row(), guided), rows=(0, 1, 0, 0), index=(1, 4, 2, 0), branches=2),
         case("in place", table=(SWAP,)),
+        case("token classes", table=by_class, branches=2, classes=4, patch=(2, 3), shape=(4, 6, 9)),
+        case("token classes of a video", table=by_class, branches=2, classes=4, patch=(1, 2, 1), shape=(3, 3, 4, 5)),
+        case("token classes of packed tokens", table=by_class, branches=2, classes=4, patch=(1, 8), shape=(12, 8)),
+        case("token classes of frames", table=by_class, branches=2, classes=3, patch=(1, 3, 2, 2), shape=(2, 3, 4, 6)),
+        case("token classes, noise", noise, table=(noise_row(), SWAP), classes=2, patch=(1, 1), shape=(1, 33, 67)),
+        case("token classes, adjusted", table=(adjusted_row(), guided), branches=2, classes=2, patch=(1, 3)),
+        case("token classes, mixed rows", table=by_class, rows=(1, 0), branches=2, classes=3, patch=(7, 9)),
+        case("token classes in place", table=(SWAP, CLAMP), classes=2, patch=(7, 1)),
         case("size 1", table=(euler_row(),), shape=(1,)),
         case("size 123", table=(guided,), shape=(123,), branches=2),
         case("size 4097", noise, table=(noise_row(),), rows=(0,), index=(1,), shape=(4097,)),

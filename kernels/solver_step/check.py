@@ -6,10 +6,12 @@ host, or known from `Facts`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +51,12 @@ def prepare(
     adjust: Tensor | None = None,
     *,
     reduces: bool = False,
+    classes: Tensor | None = None,
+    patch: Sequence[int] = (),
 ) -> Prepared:
     """The arguments in the form of `Prepared`; `reduces`: only reduction rows may run, else only the other ones.
+
+    classes, patch: class of every token, see `solver_step`.
 
     Raises: ShapeError, DtypeError, ArgumentError.
     """
@@ -62,6 +68,7 @@ def prepare(
         raise ShapeError(f"{op}: index has {index.shape[0]} entries, rows {batch}; give one of each per sample")
     table = _table(op, table, pool)
     _check_range(rows, len(table), f"{op}: rows", "rows of the table")
+    reached = rows if classes is None else _with_classes(op, rows, classes, patch, pool, len(table))
     _check_range(index, lanes, f"{op}: index", "lanes of the pool")
     if index.device.type == "cpu" and len(set(index.tolist())) < batch:
         raise ArgumentError(f"{op}: index {index.tolist()} names a lane twice; each sample needs its own lane")
@@ -73,8 +80,8 @@ def prepare(
     if adjust is not None:
         _check_tensor(adjust, f"{op}: adjust", (batch, 3), pool)
     seeds, pictures = (_per_sample(v, f"{op}: {what}", batch) for v, what in ((seeds, "seeds"), (pictures, "pictures")))
-    if rows.device.type == "cpu" and batch:
-        reach = table.facts.reach[rows.numpy()]
+    if reached.device.type == "cpu" and batch:
+        reach = table.facts.reach[reached.numpy()]
         if ((reach[:, -1] != 0) != reduces).any():
             raise ArgumentError(
                 f"{op}: rows {rows.tolist()}: sample_adjust runs reduction rows, solver_step the others"
@@ -83,6 +90,40 @@ def prepare(
         given = (slots, len(outs), len(tensors), net is not None, noise, adjust is not None)
         _check_reach(op, reach.max(axis=0).tolist(), given)
     return Prepared(outs, table, rows, index, seeds, pictures)
+
+
+def _with_classes(op: str, rows: Tensor, classes: Tensor, patch: Sequence[int], pool: Tensor, length: int) -> Tensor:
+    """The rows that samples with these classes run, as far as the host knows them."""
+    spatial = token_axes(pool.shape, patch)
+    if any(edge < 1 or size % edge for size, edge in zip(spatial, patch, strict=True)):
+        raise ShapeError(f"{op}: patch {tuple(patch)} does not divide {tuple(spatial)}; give one edge per spatial axis")
+    tokens = math.prod(size // edge for size, edge in zip(spatial, patch, strict=True))
+    if classes.dtype != torch.uint8:
+        raise DtypeError(f"{op}: classes are {_name(classes)}, needs uint8")
+    _check_shape(classes, f"{op}: classes", (rows.shape[0], tokens), pool)
+    if not classes.is_contiguous():
+        raise ShapeError(f"{op}: classes are not contiguous; call .contiguous()")
+    if rows.device.type != "cpu" or classes.device.type != "cpu" or not classes.numel():
+        return rows
+    highest = classes.amax(1).tolist()
+    last = max(row + top for row, top in zip(rows.tolist(), highest, strict=True))
+    if last >= length:
+        raise ArgumentError(f"{op}: rows with their tokens' classes reach {last}, there are {length} rows of the table")
+    return torch.from_numpy(
+        np.concatenate([np.arange(row, row + top + 1) for row, top in zip(rows.tolist(), highest, strict=True)])
+    )
+
+
+def token_axes(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the axes of a pool of this shape that a patch has edges for: all of a sample, or those behind its first.
+
+    Raises: ShapeError.
+    """
+    if len(patch) not in (len(shape) - 3, len(shape) - 2):
+        raise ShapeError(
+            f"solver_step: patch {tuple(patch)} for samples {tuple(shape[2:])}; give one edge per spatial axis"
+        )
+    return tuple(shape[len(shape) - len(patch) :])
 
 
 def _check_pool(op: str, pool: Tensor) -> None:

@@ -15,7 +15,10 @@ from vivace.kernels.solver_step.table import StepTable
 def bytes_moved(
     pool: Any, outs: Sequence[Any], table: StepTable, rows: Any, index: Any, *, net: Any = None, **_: Any
 ) -> int:
-    """Bytes read and written once per element: distinct tensors a sample reads, plus its destinations."""
+    """Bytes read and written once per element: distinct tensors a sample reads, plus its destinations.
+
+    With classes an element counts as one of the first class's row, which reads and writes what the others do.
+    """
     total = 0
     for ints, floats in table_rows(table, rows):
         total += bytes_read(pool, outs, ints, floats)

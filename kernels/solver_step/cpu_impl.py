@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vivace import _C
+from vivace.errors import ShapeError
 from vivace.kernels.philox_normal.cpu_impl import chosen_isa
+from vivace.kernels.solver_step.check import token_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +38,8 @@ def solver_step(
     seeds: Tensor | None = None,
     pictures: Tensor | None = None,
     adjust: Tensor | None = None,
+    classes: Tensor | None = None,
+    patch: Sequence[int] = (),
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass.
 
@@ -46,6 +50,7 @@ def solver_step(
         net=0 if net is None else net.data_ptr(),
         net_dtype="float32" if net is None else str(net.dtype)[6:],
         adjust=0 if adjust is None else adjust.data_ptr(),
+        **by_class(classes, pool, patch),
     )
 
 
@@ -59,15 +64,34 @@ def bound(
     tensors: Sequence[Tensor],
     seeds: Sequence[int],
     pictures: Sequence[int],
-) -> Callable[[Sequence[int]], object]:
-    """The call into C++ that only lacks its rows."""
+    patch: Sequence[int],
+) -> Callable[[Sequence[int], Tensor | None], object]:
+    """The call into C++ that only lacks its rows and the classes of their tokens."""
     import torch
 
     lanes, seed, picture = (torch.tensor(values) for values in (index, seeds, pictures))
     given = packed(pool, outs, table, lanes, lanes, tensors, seed, picture)
     del given["rows"]
     call = partial(_C.solver_step, **given, net=net.data_ptr(), net_dtype=str(net.dtype)[6:], adjust=0)
-    return lambda rows: call(rows=rows)
+    sizes = token_axes(pool.shape, patch) if patch else ()
+    by_token = partial(call, sizes=sizes, edges=tuple(patch))
+    tokens = (len(index), math.prod(size // edge for size, edge in zip(sizes, patch, strict=True)))
+
+    def launch(rows: Sequence[int], classes: Tensor | None = None) -> object:
+        if classes is None:
+            return call(rows=rows)
+        if classes.shape != tokens or classes.dtype != torch.uint8 or not classes.is_contiguous():
+            raise ShapeError(f"solver_step: classes {tuple(classes.shape)}; needs contiguous uint8 {tokens}")
+        return by_token(rows=rows, classes=classes.data_ptr())
+
+    return launch
+
+
+def by_class(classes: Tensor | None, pool: Tensor, patch: Sequence[int]) -> dict[str, Any]:
+    """What C++ is handed of tokens' classes."""
+    if classes is None:
+        return {}
+    return {"classes": classes.data_ptr(), "sizes": token_axes(pool.shape, patch), "edges": tuple(patch)}
 
 
 def packed(

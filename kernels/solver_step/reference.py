@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vivace.engine.noise import normals
 from vivace.kernels.solver_step import table as t
+from vivace.kernels.solver_step.check import token_axes
 from vivace.kernels.solver_step.table import StepTable
 
 
@@ -24,9 +25,11 @@ def solver_step(
     seeds: Tensor | None = None,
     pictures: Tensor | None = None,
     adjust: Tensor | None = None,
+    classes: Tensor | None = None,
+    patch: Sequence[int] = (),
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), in order."""
-    for r, samples in by_row(rows):
+    for r, samples, here in _by_class(rows, None if classes is None else element_classes(classes, patch, pool.shape)):
         ints, floats = table.ints[r].tolist(), table.floats[r].tolist()
         lanes = index[samples].to(pool.device)
 
@@ -43,9 +46,30 @@ def solver_step(
         for destination, y in zip(ints[t.DESTINATION_AT :], results, strict=False):
             if destination == t.NET:
                 assert net is not None
-                net[lanes] = y.to(net.dtype)
+                net[lanes] = y.to(net.dtype) if here is None else torch.where(here, y.to(net.dtype), net[lanes])
             else:
-                pool[destination, lanes] = y
+                pool[destination, lanes] = y if here is None else torch.where(here, y, pool[destination, lanes])
+
+
+def element_classes(classes: Tensor, patch: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """From the class of every token [B, N] to that of every element of a pool: [B, 1, *spatial], or [B, *all axes]."""
+    spatial = token_axes(shape, patch)
+    first = (1,) * (len(shape) - 2 - len(patch))
+    out = classes.reshape(len(classes), *first, *[size // edge for size, edge in zip(spatial, patch, strict=True)])
+    for axis, edge in enumerate(patch):
+        out = out.repeat_interleave(edge, axis + 1 + len(first))
+    return out
+
+
+def _by_class(rows: Tensor, classes: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(row, samples at it, which of their elements [n, 1, *spatial] or None: all) of every row in use."""
+    for row, samples in by_row(rows):
+        if classes is None:
+            yield row, samples, None
+            continue
+        mine = classes[samples.to(classes.device)]
+        for number in sorted(set(mine.flatten().tolist())):
+            yield row + number, samples, mine == number
 
 
 def by_row(rows: Tensor) -> Iterator[tuple[int, Tensor]]:

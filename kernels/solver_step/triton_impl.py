@@ -25,6 +25,7 @@ from torch import Tensor
 from vivace.kernels.philox_normal import triton_impl as philox
 from vivace.kernels.philox_normal.triton_impl import normal_block, on_device
 from vivace.kernels.solver_step import table as codes
+from vivace.kernels.solver_step.check import token_axes
 from vivace.kernels.solver_step.table import StepTable
 
 BLOCK = 512  # elements a program handles: four a thread, 16 bytes of float32; a multiple of 4
@@ -59,17 +60,21 @@ def solver_step(
     seeds: Tensor | None = None,
     pictures: Tensor | None = None,
     adjust: Tensor | None = None,
+    classes: Tensor | None = None,
+    patch: Sequence[int] = (),
 ) -> None:
     """y_k = clamp(sum_j coef[k][j] * source_j * scale_j + sum_{l<k} prev[k][l] * y_l, low_k, high_k), one pass."""
     size, facts = math.prod(pool.shape[2:]), table.facts
     if not facts.outputs:
         return
     inputs, constants = launch_arguments(pool, outs, table, rows, index, tensors, seeds, pictures)
+    by_token = () if classes is None else (classes, token_axes(pool.shape, patch), tuple(patch))
     with on_device(pool.device):
-        _solver_step[triton.cdiv(size, BLOCK), len(rows)](
+        (_solver_step if classes is None else _solver_step_by_class)[triton.cdiv(size, BLOCK), len(rows)](
             *inputs,
             net if facts.net else None,
             adjust if facts.adjusted else None,
+            *by_token,
             **constants,
             OUTPUTS=facts.outputs,
             BLOCK=BLOCK,
@@ -147,9 +152,73 @@ def _solver_step(
 ):
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    element = first + tl.arange(0, BLOCK)
-    lane = tl.load(index + sample).to(tl.int64)
     row = tl.load(rows + sample).to(tl.int64)
+    _run_row(
+        row, first + tl.arange(0, BLOCK), sample, first, pool, outs, out_strides, tensors, ints, floats, index, seeds,
+        pictures, size, slot_stride, net, adjust, KINDS, SCALES, ALIGNED, OUTPUTS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _solver_step_by_class(
+    pool,
+    outs,
+    out_strides,
+    tensors,
+    ints,
+    floats,
+    rows,
+    index,
+    seeds,
+    pictures,
+    size,
+    slot_stride,
+    net,
+    adjust,
+    classes,  # of every token of every sample
+    sizes,  # of the axes behind the first one
+    edges,  # of a token, by axis
+    KINDS: tl.constexpr,
+    SCALES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same, row by row of the classes that occur in a block: elements of other classes are beyond every limit."""
+    sample = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    row = tl.load(rows + sample).to(tl.int64)
+    channel, tokens = 1, 1
+    for axis in tl.static_range(len(sizes)):
+        channel *= sizes[axis]
+        tokens *= sizes[axis] // edges[axis]
+    place = (element % channel).to(tl.int32)
+    token = tl.zeros([BLOCK], tl.int64)
+    stride = 1
+    for behind in tl.static_range(len(sizes)):
+        length, edge = sizes[len(sizes) - 1 - behind], edges[len(sizes) - 1 - behind]
+        token += (place % length // edge) * stride
+        place = place // length
+        stride *= length // edge
+    own = tl.load(classes + sample * tokens + token, mask=element < size, other=0).to(tl.int32)
+    for number in range(0, tl.max(own, axis=0) + 1):
+        here = (own == number) & (element < size)
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            _run_row(
+                row + number, tl.where(here, element, size), sample, first, pool, outs, out_strides, tensors, ints,
+                floats, index, seeds, pictures, size, slot_stride, net, adjust, KINDS, SCALES, ALIGNED, OUTPUTS, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _run_row(
+    row, element, sample, first, pool, outs, out_strides, tensors, ints, floats, index, seeds, pictures, size,
+    slot_stride, net, adjust, KINDS: tl.constexpr, SCALES: tl.constexpr, ALIGNED: tl.constexpr, OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row on elements of a sample, those of the block from `first` on or `size` where one is left out."""
+    lane = tl.load(index + sample).to(tl.int64)
     ints += row * _INTS
     floats += row * _FLOATS
     state = pool + lane * size  # slot 0 of this sample
@@ -159,7 +228,7 @@ def _solver_step(
     for j in tl.static_range(len(KINDS)):
         value = read_value(
             source[j], scale[j], limit[j], state, slot_stride, outs, out_strides, tensors, seeds, pictures, sample,
-            first, KINDS[j], SCALES[j], ALIGNED, BLOCK,
+            first, element, KINDS[j], SCALES[j], ALIGNED, BLOCK,
         )  # fmt: skip
         values = values + (value,)
     results = ()
@@ -233,13 +302,13 @@ def read_value(
     pictures,
     sample,
     first,
+    element,
     KIND: tl.constexpr,
     SCALE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """source * scale of the elements from `first` on, for one source of a row."""
-    element = first + tl.arange(0, BLOCK)
+    """source * scale of `element`, those from `first` on or beyond `limit` (not read), for one source of a row."""
     value = _read(source, limit, state, slot_stride, tensors, element, KIND, ALIGNED, BLOCK)
     if _FROM_OUT & KIND:
         for b in tl.static_range(len(outs)):

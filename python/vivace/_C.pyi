@@ -9,6 +9,7 @@ _Block = tuple[_Linear, _Linear, _Linear, _Linear, str, str]  # dtypes of activa
 _Rows = tuple[int, int, int, int]  # address, 0 float32 | 1 bfloat16, stride of samples, stride of tokens
 # Address, 0 float32 | 1 bfloat16 | 2 float16 | 3 int8 | 4 float8, lanes, planes of each, address of the scales or 0.
 _Planes = tuple[int, int, int, int, int]
+_Ids = tuple[int, int, int]  # address, pictures, tokens of a picture
 _Packed = tuple[int, int, int, int, int]  # address, bytes there, columns, depth, 0 float32 | 1 bfloat16 | 3 int8
 
 def isa() -> str: ...
@@ -35,6 +36,9 @@ def solver_step(
     threads: int,
     adjust: int = 0,
     stream_above: int = -1,
+    classes: int = 0,
+    sizes: Sequence[int] = (),
+    edges: Sequence[int] = (),
 ) -> None: ...
 def sample_adjust(
     *,
@@ -66,7 +70,8 @@ def attention(
     dtype: int,
     scale: float,
     threads: int,
-    /,
+    lanes: Sequence[int] | None = None,
+    parts: int = 0,
 ) -> None: ...
 def cache_update(
     kept: _Planes,
@@ -77,6 +82,7 @@ def cache_update(
     hidden: _Rows | None,
     gate: _Rows | None,
     out: _Rows | None,
+    ids: tuple[int, int, int],
     sizes: Sequence[int],
     threads: int,
     /,
@@ -89,7 +95,57 @@ def cache_apply(
     hidden: _Rows | None,
     gate: _Rows | None,
     out: _Rows,
+    ids: tuple[int, int, int],
     sizes: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def gather_tokens(
+    ids: _Ids,
+    x: _Rows,
+    out: _Rows,
+    scale: _Rows | None,
+    shift: _Rows | None,
+    weight: _Rows | None,
+    bias: _Rows | None,
+    normed: _Rows | None,
+    sizes: Sequence[int],
+    centred: bool,
+    eps: float,
+    threads: int,
+    /,
+) -> None: ...
+def scatter_tokens(
+    ids: _Ids,
+    full: _Rows,
+    parts: int,
+    lanes: Sequence[int] | None,
+    fresh: _Rows,
+    second: _Rows | None,
+    first: int,
+    hidden: _Rows | None,
+    gate: _Rows | None,
+    sizes: Sequence[int],
+    threads: int,
+    /,
+) -> None: ...
+def select_tokens(
+    planes: Sequence[tuple[int, int]],
+    dtype: int,
+    weights: int,
+    channels: int,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    deviation: bool,
+    scores: int,
+    ages: int,
+    ids: int,
+    sizes: Sequence[int],
+    lowest: int,
+    factors: int,
+    factor_count: int,
+    bound: int,
+    least: int,
     threads: int,
     /,
 ) -> None: ...
@@ -216,7 +272,7 @@ class Dit:
         blocks: Sequence[_Block],
         final: _Linear,
     ) -> None: ...
-    def arena_bytes(self, rows: int, samples: int, tokens: int, threads: int) -> int: ...
+    def arena_bytes(self, rows: int, samples: int, tokens: int, threads: int, some: bool = False) -> int: ...
     def run(
         self,
         *,
@@ -235,6 +291,7 @@ class Dit:
         check: bool = False,
         uses: DitUses | None = None,
         weights: Sequence[float] = ...,
+        some: tuple[int, int] = ...,
         first: int = 0,
         start: Sequence[int] = ...,
         look: tuple[int, int, int] | None = None,

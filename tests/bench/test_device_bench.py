@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vivace.bench import device, gpu_products, on_gpu, steady, tune
+from vivace.bench import device, gpu_cached, gpu_products, on_gpu, steady, tune
 from vivace.bench.harness import report
 from vivace.bench.kernels import (
     OPS,
@@ -154,6 +154,16 @@ def test_a_denoiser_table_compares_ours_with_every_peer(stand_in, monkeypatch, t
     assert found["vivace"]["host_waits"] == 0 and found["vivace"]["over_eager"] > 0.0
     assert all(row["error"] < 0.05 for row in found.values() if "ms" in row)
     assert "torchao cannot be imported" in found["torchao int8"]["reason"]
+
+
+def test_cached_loops_stand_beside_their_share_of_work(stand_in, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gpu_cached, "BACKEND", "eager")
+    monkeypatch.setattr(gpu_cached, "SECONDS", 0.0)
+    found = {row["backend"]: row for row in gpu_cached.cached_rows(SMALL, "bfloat16")}
+    assert set(found) == set(gpu_cached.PLANS)
+    assert found["none"]["share"] == 1.0 == found["none"]["time_ratio"] and found["fora"]["share"] < 0.7
+    assert all(row["error"] == 0.0 and row["host_waits"] == 0 for row in found.values())
 
 
 def test_the_native_network_stands_in_for_that_of_diffusers(stand_in, monkeypatch, tmp_path):

@@ -66,7 +66,7 @@ def test_tables_are_read_from_files_and_checked(capsys, tmp_path):
     ("cache", "message"),
     [
         ("nope", "--cache 'nope'; use one of Fora"),
-        ("fora:2", "write name:key=value"),
+        ("fora:2", "write key=value"),
         ("fora:interval=2,interval=3", "each key once"),
         ("fora:speed=2", "it takes interval"),
         ("magcache", "needs table"),

@@ -10,6 +10,7 @@ from vivace import _C
 
 BATCH, PLANES, LANES = 2, 3, 4
 AT = [3, 1]  # lanes of the rows
+NO_IDS = 0, 1, 0  # all tokens
 # tokens, width
 SHAPES = ((3, 1), (3, 63), (2, 97), (5, 384), (2, 1152), (700, 640))
 STORES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "int8": np.int8, "float8": np.uint8}
@@ -58,9 +59,9 @@ class Problem:
         planes = (kept.ctypes.data, CODES[self.name], LANES, PLANES, scales.ctypes.data)
         hidden, gate = self.rows(self.hidden), self.rows(self.gate)
         into: tuple[Any, ...] = (self.rows(self.fresh), self.rows(self.base), PLANES - 1, hidden, gate, self.rows(h))
-        _C.cache_update(planes, AT, *into, self.shape, threads)
+        _C.cache_update(planes, AT, *into, NO_IDS, self.shape, threads)
         weights = self.weights.ctypes.data
-        _C.cache_apply(planes, AT, weights, PLANES, hidden, gate, self.rows(m), self.shape, threads)
+        _C.cache_apply(planes, AT, weights, PLANES, hidden, gate, self.rows(m), NO_IDS, self.shape, threads)
         return [self.shown(kept), scales, h, m]
 
     def definition(self) -> list[np.ndarray]:
@@ -73,7 +74,7 @@ class Problem:
             kept[at, j], factor = narrowed(f, self.name)
             if self.name == "int8":
                 scales[at, j] = factor
-            f = widened(kept[at, j], scales[at, j], self.name) - old
+            f = f - old
         v = self.weights[:, 0, None, None] * widened(kept[at, 0], scales[at, 0], self.name)
         for j in range(1, PLANES):
             v = v + self.weights[:, j, None, None] * widened(kept[at, j], scales[at, j], self.name)

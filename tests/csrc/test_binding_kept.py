@@ -22,7 +22,7 @@ def update(**changes: Any) -> np.ndarray:
     arguments = {
         "kept": (kept.ctypes.data, 0, LANES, PLANES, scales.ctypes.data), "lanes": [3, 0],
         "fresh": (rows.ctypes.data, 0, TOKENS * WIDTH, WIDTH), "base": None, "made": 1, "hidden": None, "gate": None,
-        "out": None, "sizes": (2, TOKENS, WIDTH), "threads": 1,
+        "out": None, "ids": (0, 1, 0), "sizes": (2, TOKENS, WIDTH), "threads": 1,
     }  # fmt: skip
     if "planes" in changes:
         at, number = changes.pop("planes")
@@ -38,7 +38,8 @@ def apply(**changes: Any) -> np.ndarray:
     arguments = {
         "kept": (kept.ctypes.data, 0, LANES, PLANES, scales.ctypes.data), "lanes": [3, 3],
         "weights": weights.ctypes.data, "terms": 2, "hidden": None, "gate": None,
-        "out": (rows.ctypes.data, 0, TOKENS * WIDTH, WIDTH), "sizes": (2, TOKENS, WIDTH), "threads": 1,
+        "out": (rows.ctypes.data, 0, TOKENS * WIDTH, WIDTH), "ids": (0, 1, 0), "sizes": (2, TOKENS, WIDTH),
+        "threads": 1,
     }  # fmt: skip
     if "planes" in changes:
         at, number = changes.pop("planes")

@@ -2,6 +2,7 @@
 
 import math
 import string
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ coefs = st.one_of(
     small,
     st.builds(InputRef, names, st.none() | numbers),
     st.sampled_from([TensorRef("mean"), TensorRef("w.0")]),
-    st.builds(lambda ages: AgeRef(tuple(ages)), st.lists(numbers, min_size=1, max_size=3)),
+    st.builds(lambda ages: AgeRef(tuple(ages)), st.lists(numbers, min_size=4, max_size=4)),
 )
 
 
@@ -81,10 +82,25 @@ def cache_rules(draw, i, branches):
 
 
 @st.composite
+def token_rules(draw):
+    """Of a row that computes some tokens: keys and values are read; perhaps blocks are given again."""
+    keys = Rule((0, 0), "kv", action=Action.REUSE)
+    return (Rule((2, 4), action=Action.REUSE), keys) if draw(st.booleans()) else (keys,)
+
+
+@st.composite
 def rows(draw, i, branches, level, last):
     """Row i: conversion to m0 or m1, history, perhaps noise, an input, a clamp; a guard now and then."""
-    keep = draw(st.floats(0.1, 1.0)) if i else 1.0
-    variant = Variant("main", branches, draw(cache_rules(i, branches)), keep, draw(st.sampled_from(["all", "drift"])))
+    some = i > 1 and draw(st.booleans())
+    rules = draw(token_rules() if some else cache_rules(i, branches))
+    rules = rules if i else (*rules, Rule((0, 0), "kv", action=Action.COMPUTE))
+    variant = Variant("main", branches, rules)
+    if some:
+        said = ((), (("bound", 12.0), ("starvation", draw(st.floats(0.0, 1.0)))))
+        selector = draw(st.sampled_from(["deviation", "norm", "random"]))
+        variant = replace(
+            variant, keep=draw(st.floats(0.1, 1.0)), selector=selector, selector_params=draw(st.sampled_from(said))
+        )
     now, before = f"m{i % 2}", f"m{1 - i % 2}"
     ops = [
         Affine(now, (("x", draw(small)), *((out, draw(coefs)) for out in branches)), draw(st.sampled_from([None, i])))
@@ -98,7 +114,7 @@ def rows(draw, i, branches, level, last):
         )
     ops.append(Affine("x", tuple(terms)))
     keeps = variant.rules[0].action == Action.COMPUTE  # under a guard it might not, and order 1 reads two values
-    watched = not keeps and draw(st.booleans())
+    watched = not keeps and not some and draw(st.booleans())
     guard = Guard("cosine", "above", draw(small), Variant(), (draw(small),)) if watched else None
     alpha, sigma = math.cos(level), math.sin(level)
     outs, net = branches, ((draw(names), draw(small)),) if draw(st.booleans()) else ()

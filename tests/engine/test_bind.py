@@ -15,10 +15,12 @@ SPEC = ModelSpec("toy", "f" * 64, "flow", (3, 32, 32), 6, (4, 4), token_group=8)
 
 
 def test_ranges_from_the_end_and_shares_become_absolute():
-    rules = (Rule((-2, 0), action=Action.COMPUTE), Rule((0, -2), precision="bf16"))
-    plan = edit(edit(euler(), 0, variant=Variant(rules=rules)), 1, variant=Variant(keep=0.3))
-    bound = plan.bind(SPEC)
-    assert bound.steps[0].variant.rules == (Rule((0, 4), precision="bf16"), Rule((4, 6), action=Action.COMPUTE))
+    keys, reads = (Rule((0, 0), "kv", action=action) for action in (Action.COMPUTE, Action.REUSE))
+    rules = (Rule((-2, 0), action=Action.COMPUTE), Rule((0, -2), precision="bf16"), keys)
+    some = Variant(rules=(reads,), keep=0.3, selector="norm")
+    bound = edit(edit(euler(), 0, variant=Variant(rules=rules)), 1, variant=some).bind(SPEC)
+    spread = Rule((0, 6), "kv", action=Action.COMPUTE)
+    assert bound.steps[0].variant.rules == (Rule((0, 4), precision="bf16"), spread, Rule((4, 6), action=Action.COMPUTE))
     assert bound.steps[0].variant.keep == 64.0
     assert bound.steps[1].variant.keep == 16.0  # 0.3 * 64 = 19.2, to the token group of 8
     assert bound.binding.tokens == 64 and bound.binding.blocks == 6

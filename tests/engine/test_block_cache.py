@@ -277,6 +277,24 @@ def test_measured_errors_decide_between_bias_and_noise(bias, variance, want):
     assert computed(apply_block_cache(euler(), planners.TaylorSeer(4, 2)))[4] == "2"  # not a row in 8 bits
 
 
+@pytest.mark.parametrize(
+    ("store", "bias", "want"),
+    [
+        (None, (0.0105, 0.01), "1"),
+        ("bf16", (0.0105, 0.01), "1"),
+        ("int8", (0.0105, 0.01), "1"),  # two ahead: 5e-5 (1 + 2^2) is less than what order 1 wins
+        ("fp8", (0.0105, 0.01), "r"),  # 7e-4 (1 + 2^2) is more
+        ("fp8", (0.1, 0.01), "1"),
+    ],
+)
+def test_rounding_of_the_store_decides_too(store, bias, want):
+    planner, errors = planners.TaylorSeer(3, 1, first=2), errors_of(euler(), bias, 0.1)
+    made = apply_block_cache(euler(), planner, store=store, errors=errors)
+    assert computed(made)[3] == want  # of 1 and 0
+    assert replan(made.recipe).steps == made.steps
+    assert computed(apply_block_cache(euler(), planner, store=store, errors=False))[3] == "1"
+
+
 @pytest.mark.parametrize("stated", [0.1, {"attn": 0.1, "mlp": 0.1}])
 def test_the_noise_may_be_one_number_of_the_table(stated):
     plan = apply_precision(euler(), "int8")

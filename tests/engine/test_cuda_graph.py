@@ -223,7 +223,8 @@ def test_predictions_are_put_in_place(places, views):
 
 # --- what runs between a row's begin and its end ----------------------------------------------------------------------
 def loop_functions():
-    from vivace.models.compiled import linears, replay, sequence, sequence_walk
+    from vivace.models.caching import bound, laid_out, lanes, planes
+    from vivace.models.compiled import linears, replay, sequence, sequence_tokens, sequence_walk
     from vivace.models.pipelines import network
 
     yield from (cuda_graph.CudaGraphExecutor, cuda_graph._write, compiled_calls.Evaluation)
@@ -233,7 +234,23 @@ def loop_functions():
     yield from (sequence.DitSequence._attention, sequence.DitSequence.inside, sequence.DitSequence.normed)
     yield from (sequence.DitSequence.update, sequence.DitSequence._product, sequence_walk.Walk)
     yield from (linears._PlainLayer.__call__, linears._OurLayer.__call__)
-    yield from (network.NetworkDenoiser.stage, network.NetworkDenoiser._forward, network._prediction)
+    yield from (
+        replay.DitReplay._laid_out,
+        laid_out.Layouts,
+        laid_out._lay_out,
+        laid_out._cell,
+        laid_out._bound,
+        laid_out._stands,
+    )
+    yield from (planes.keep, planes._placed, planes.on_device, planes._sent, planes.sendable)
+    yield from (sequence_tokens.Keys, sequence_tokens.picked, sequence_tokens.planes_of)
+    yield from (lanes.Lanes.keep, lanes.Lanes.lanes, lanes.Lanes.index, lanes.Lanes.weights, bound.Bound, bound._run)
+    yield from (
+        network.NetworkDenoiser._kept,
+        network.NetworkDenoiser.stage,
+        network.NetworkDenoiser._forward,
+        network._prediction,
+    )
 
 
 SYNCS = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vivace.engine.forecast import forecast_weights, noise_gain
+from vivace.engine.caching import plane_weights
+from vivace.engine.forecast import forecast_weights, noise_gain, stored_gain
 from vivace.errors import ArgumentError
 
 
@@ -33,6 +34,29 @@ def test_independent_noise_grows_as_predicted(order, k):
     noise = np.random.default_rng(0).standard_normal((order + 1, count))
     measured = float(np.dot(forecast_weights(order, k), noise).var())
     assert abs(measured / noise_gain(order, k) - 1.0) < 5 * np.sqrt(2 / count)  # five deviations of a variance
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_rounding_to_the_store_is_amplified_less(k):
+    assert stored_gain(forecast_weights(0, k)) == 1.0
+    assert stored_gain(forecast_weights(1, k)) == pytest.approx(1 + k**2, rel=1e-14)
+    assert stored_gain(forecast_weights(1, k, 3)) == pytest.approx(1 + (k / 3) ** 2, rel=1e-14)
+    assert stored_gain((0.5,)) == 0.25
+
+
+@pytest.mark.parametrize(("order", "k"), [(0, 3), (1, 1), (1, 3), (2, 2), (3, 1)])
+def test_rounding_of_values_that_differences_were_taken_from_grows_as_predicted(order, k):
+    count, weights = 200_000, forecast_weights(order, k)
+    noise = np.random.default_rng(2).standard_normal((order + 1, count))
+    planes: list[np.ndarray] = []
+    for rounding in noise[::-1]:  # values are 0; a value is rounded as it is stored, a difference is not
+        exact, old = np.zeros(count), planes
+        planes = [exact + rounding]
+        for plane in old:
+            exact = exact - plane
+            planes.append(exact)
+    measured = float(np.dot(plane_weights(weights), planes).var())
+    assert abs(measured / stored_gain(weights) - 1.0) < 5 * np.sqrt(2 / count)  # five deviations of a variance
 
 
 def test_correlated_noise_grows_less():

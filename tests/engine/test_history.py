@@ -25,6 +25,9 @@ SOLVER_OPTIONS = [
     ("unipc", {"order": 3, "corrector": False}),
     ("deis", {"order": 3}),
     ("deis", {"order": 2, "variant": "rhoab"}),
+    ("dpm_solver", {"order": 2}),
+    ("lms", {"order": 3}),
+    ("lagrange", {"order": 3, "form": "eps"}),
 ]
 ROWS = 14
 CACHED = (2, 3, 5, 6, 8, 9, 11)
@@ -174,6 +177,16 @@ def test_a_scheduler_config_holds_no_history_and_leaves_other_caches_alone():
         assert to_scheduler_config(made)[0] == to_scheduler_config(plan)[0]
     with pytest.raises(UnsupportedError, match="the rows were changed"):
         to_scheduler_config(apply_block_cache(plan, mask, history="computed"))
+
+
+def test_histories_of_the_sde_read_computed_rows_and_keep_its_noise():
+    plain, made = (plan_of("dpmpp_2m_sde", history=history, cached=CACHED) for history in ("own", "computed"))
+    for row, read in enumerate(sources(made)):
+        assert not (read - {row}) & set(CACHED)
+        noise = [dict(plan.steps[row].ops[-1].terms).get(f"noise:{row + 1}") for plan in (plain, made)]
+        assert noise[0] == noise[1]
+    with pytest.raises(ArgumentError, match="dpm_solver: history 'computed' is of variant 'multistep'"):
+        plan_of("dpm_solver", variant="singlestep", history="computed", cached=(3,))
 
 
 def test_a_cache_that_gives_nothing_again_leaves_the_solver_alone():

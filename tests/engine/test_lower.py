@@ -12,7 +12,7 @@ import vivace
 from tests.engine.plans import euler, guided_row, plan_of
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.noise import normals
-from vivace.engine.plan import Affine, AgeRef, InputRef, Plan, Step, TensorRef, Transform, Variant
+from vivace.engine.plan import Affine, InputRef, Plan, Step, TensorRef, Transform, Variant
 from vivace.engine.plan_io import tensor_infos
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, PlanError, UnsupportedError
@@ -212,10 +212,9 @@ def test_an_output_read_in_a_later_row_is_kept():
 
 
 def test_what_the_step_cannot_do_names_the_row():
-    aged = Affine("x", (("x", AgeRef((1.0, 0.5))),))
     masked = Transform("clamp", "x", (), (("low", InputRef("mask")), ("high", 1.0)))
     beyond = Transform("dynamic_threshold", "x", (), (("ratio", InputRef("strength")), ("max", 1.0)))
-    for op, error in ((aged, UnsupportedError), (masked, UnsupportedError), (beyond, ArgumentError)):
+    for op, error in ((masked, UnsupportedError), (beyond, ArgumentError)):
         plan = plan_of(*euler(2).steps, Step(0.0, 1.0, 0.0, (op,)))
         with pytest.raises(error, match="step 2"):
             lower_plan(verify(plan), Given({"strength": 1.5}, frozenset({"mask"})))

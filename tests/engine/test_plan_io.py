@@ -33,17 +33,19 @@ from vivace.errors import OutputError, PlanError, PlanFileError
 def everything():
     """A legal plan that uses every type and every field of the schema."""
     arrays = {"mean": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 2, 2)}
-    compute = Variant("main", ("cond", "uncond"), (Rule((0, 2), "attn", ("cond",), Action.COMPUTE, 1, "bf16", "int8"),))
-    rules = (Rule((0, 2), "attn", ("cond",), Action.FORECAST, 1), Rule((2, 4), "merge", share=0.5))
-    cached = Variant("main", ("cond", "uncond"), rules, 0.5, "drift", (("starvation", 0.25),))
+    kept, read = (Rule((0, 0), "kv", None, action) for action in (Action.COMPUTE, Action.REUSE))
+    both = ("cond", "uncond")
+    compute = Variant("main", both, (Rule((0, 2), "attn", ("cond",), Action.COMPUTE, 1, "bf16", "int8"), kept))
+    rules = (Rule((0, 2), "attn", ("cond",), Action.FORECAST, 1), Rule((2, 4), "mlp", share=0.5))
+    cached, some = Variant("main", both, rules), Variant("main", both, (read,), 0.5, "norm", (("starvation", 0.25),))
     ops = (
-        Affine("y", (("x", TensorRef("mean")), ("one", AgeRef((1.0, 0.5))), ("noise:3", InputRef("w", -0.0))), 1),
+        Affine("y", (("x", TensorRef("mean")), ("one", AgeRef((1.0, 0.5, 0.0))), ("noise:3", InputRef("w", -0.0))), 1),
         Transform("cfg_rescale", "y", ("x",), (("phi", 0.7),)),
         Affine("x", (("x", 0.5), ("y", 1e-300), ("input:mask", 0.1))),
     )
     guard = Guard("cosine", "above", 0.99, Variant(), (1.0, 2.0), True)
     last = Step(0.1, 0.99, 0.1, ops, cached, "x", 0.3, ("a", "b"), (("scale", 2.5),), (2.0, -1.0), guard, True)
-    first = [guided_row(variant=compute) for _ in range(2)]
+    first = [*(guided_row(variant=compute) for _ in range(2)), guided_row(variant=some)]
     recipe = Recipe("make_plan", Args.of({"steps": 3, "options": {"order": 2, "table": [1.5, None, True, "a"]}}), 0.5,
                     (("apply_guidance", Args.of({"scale": 4.0})),))  # fmt: skip
     plan = plan_of(*first, last, prediction="eps", recipe=recipe, tensors=tensor_infos(arrays), arrays=arrays)
@@ -56,13 +58,15 @@ def test_round_trip_is_exact(tmp_path):
     back = Plan.load(tmp_path / "plan.json")
     assert back == plan and back.hash == plan.hash and canonical(back) == canonical(plan)
     assert np.array_equal(back.arrays["mean"], plan.arrays["mean"])
-    assert str(back.steps[2].ops[0].terms[2][1].default) == "-0.0"
+    assert str(back.steps[3].ops[0].terms[2][1].default) == "-0.0"
 
 
 def test_bound_plan_round_trips(tmp_path):
     binding = Binding("abc", 4, 64, 1, (3, 8, 8))
+    kept, read = (Rule((0, 4), "kv", action=action) for action in (Action.COMPUTE, Action.REUSE))
     plan = replace(edit(euler(), 1, variant=Variant(keep=64.0)), binding=binding)
-    plan = edit(edit(plan, 0, variant=Variant(keep=64.0)), 2, variant=Variant(keep=16.0))
+    some = Variant(rules=(read,), keep=16.0, selector="random", selector_params=(("drop_high", 0.5),))
+    plan = edit(edit(plan, 0, variant=Variant(rules=(kept,), keep=64.0)), 2, variant=some)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 

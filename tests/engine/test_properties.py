@@ -72,7 +72,8 @@ def info(**changes):
 def bound(**changes):
     def change(plan):
         plan = replace(plan, tensors=(), steps=tuple(replace(s, ops=(Affine("x", (("x", 1.0),)),)) for s in plan.steps))
-        plan = variant(first(plan, rules=()), rules=(), keep=0.5)
+        plan = first(plan, rules=(Rule((0, 0), "kv", action=COMPUTE),))
+        plan = variant(plan, rules=(Rule((0, 0), "kv", action=REUSE),), keep=0.5, selector="random")
         plan = replace(plan, steps=tuple(replace(s, guard=None) for s in plan.steps[:2]))
         made = plan.bind(specs_of(plan))
         return replace(made, binding=replace(made.binding, **changes))
@@ -120,8 +121,8 @@ BREAKS = {
     "missing tensor": (coef(TensorRef("none")), "side-car lacks"),
     "input name": (coef(InputRef("W")), "input 'W'"),
     "input default": (coef(InputRef("w", INF)), "default of input"),
-    "no ages": (coef(AgeRef(())), "empty table"),
-    "age": (coef(AgeRef((NAN,))), "is nan"),
+    "no ages": (coef(AgeRef(())), "has 0 ages"),
+    "age": (coef(AgeRef((1.0, 1.0, 1.0, NAN))), "is nan"),
     "transform": (op(Transform("blur", "x")), "'blur'"),
     "transform parameters": (op(Transform("clamp", "x", (), (("high", 1.0), ("low", 0.0)))), "takes parameters"),
     "crossed clamp": (op(Transform("clamp", "x", (), (("low", 1.0), ("high", 0.0)))), "exceed"),
@@ -196,7 +197,7 @@ def meaning(rules, branches, blocks):
     cells = {}
     for rule in rules:
         a, b = rule.blocks
-        a, b = (a + blocks, (b + blocks) if b < 0 else (b or blocks)) if a < 0 else (a, b + blocks if b < 0 else b)
+        a, b = (a + blocks, (b + blocks) if b < 0 else (b or blocks)) if a < 0 else (a, b + blocks if b <= 0 else b)
         fields = {n: getattr(rule, n) for n in ("action", "order", "store", "precision", "share")}
         said = {n: v for n, v in fields.items() if v not in (None, 0, 1.0) or n == "action" and v is not None}
         for branch in rule.branches or branches:

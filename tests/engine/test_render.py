@@ -54,12 +54,15 @@ def test_printout_is_the_golden_text():
 
 
 def test_bound_printout_has_a_letter_per_block_and_token_counts():
-    plan = edit(euler(2), 0, variant=Variant(rules=(Rule((0, 4), action=Action.COMPUTE),)))
-    plan = edit(plan, 1, variant=Variant(rules=(Rule((0, 4), action=Action.REUSE),), keep=0.25))
+    blocks, keys = (0, 4), (0, 0)
+    kept = Rule(blocks, action=Action.COMPUTE), Rule(keys, "kv", action=Action.COMPUTE)
+    read = Rule(blocks, action=Action.REUSE), Rule(keys, "kv", action=Action.REUSE)
+    plan = edit(euler(2), 0, variant=Variant(rules=kept))
+    plan = edit(plan, 1, variant=Variant(rules=read, keep=0.25, selector="norm", selector_params=(("bound", 7.0),)))
     lines = str(plan.bind(ModelSpec("toy", "ab" * 32, "flow", (3, 32, 32), 6, (4, 4)))).splitlines()
     assert "bound abababababab 3x32x32 6 blocks" in lines[0]
-    assert lines[3].split()[5:7] == ["CCCCCC", "64/64"]
-    assert lines[4].split()[5:7] == ["RRRRCC", "16/64"]
+    assert lines[3].split()[5:7] == ["CCCCCC,0:6.kv=C", "64/64"]
+    assert lines[4].split()[5:8] == ["RRRRCC,0:6.kv=R", "16/64", "norm<=7"]
 
 
 def test_head_names_solver_passes_and_tail():

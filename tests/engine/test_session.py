@@ -264,7 +264,6 @@ def test_sixteen_threads_share_a_session():
 @pytest.mark.parametrize(
     ("variant", "guard", "fragment"),
     [
-        (Variant(keep=0.5), None, "only some tokens"),
         (Variant(rules=(Rule((0, 2), precision="int8"),)), None, "precision"),
         (Variant(model="second"), None, "second model"),
         (Variant(), Guard("cosine", "above", 0.9, Variant()), "guard"),

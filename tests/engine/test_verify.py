@@ -57,7 +57,7 @@ def test_numbers_of_a_row_are_finite_floats(field, value):
 @pytest.mark.parametrize("value", [float("nan"), 1])
 def test_coefficients_are_finite_floats(value):
     refused(with_ops(Affine("y", (("x", value),))), "step 1")
-    refused(with_ops(Affine("y", (("x", AgeRef((1.0, value))),))), "step 1")
+    refused(with_ops(Affine("y", (("x", AgeRef((1.0, 0.5, value))),))), "step 1")
     refused(with_ops(Affine("y", (("x", InputRef("w", value)),))), "step 1")
 
 

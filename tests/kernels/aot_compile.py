@@ -6,15 +6,10 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import aot_tokens
+from aot_tools import compiled, usage
 
 from vivace.kernels.adaln_modulate import triton_impl as adaln
 from vivace.kernels.cache_apply import triton_impl as applied
@@ -36,8 +31,6 @@ from vivace.kernels.sample_adjust import triton_impl as adjust
 from vivace.kernels.solver_step import table as t
 from vivace.kernels.solver_step import triton_impl as step
 
-TARGET = GPUTarget("cuda", 90, 32)
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ANY = t.FROM_POOL | t.FROM_OUT | t.FROM_TENSOR | t.SCALED_BY_POOL | t.SCALED_BY_TENSOR
 # name -> (kinds, outputs, number of outs, dtype of outs and of the network input, whether outputs are adjusted)
 STEPS = {
@@ -48,6 +41,10 @@ STEPS = {
     "solver_step 12 x 4": ((t.FROM_POOL,) * 10 + (t.FROM_OUT,) * 2, 4, 2, "fp32", False),
     "solver_step mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 4, 3, "bf16", True),
 }
+BY_CLASS = {
+    "solver_step by class": ((t.FROM_POOL,) * 4 + (t.FROM_OUT,) * 2, 2, 2, "bf16", False, 2),
+    "solver_step by class, video": ((t.FROM_POOL,) * 4 + (t.FROM_OUT,) * 2 + (t.FROM_NOISE,), 3, 2, "bf16", True, 3),
+}  # the same, and the axes of a token grid
 ADJUSTS = {
     "sample_adjust guided": ((t.FROM_POOL,) * 2 + (t.FROM_OUT,) * 2, 2, "bf16"),
     "sample_adjust mixed plans": ((ANY,) * 11 + (ANY | t.FROM_NOISE,), 3, "bf16"),
@@ -75,6 +72,7 @@ UPDATES = {
     "cache_update float16": ("*fp16", "fp16", "base hidden out", 1),
     "cache_update float8": ("*u8", "bf16", "hidden gate out", 2),
     "cache_update int8": ("*i8", "bf16", "scales hidden gate out", 2),
+    "cache_update some tokens": ("*bf16", "bf16", "ids", 0),
 }
 APPLIES = {
     "cache_apply DiT": ("*bf16", "bf16", "hidden gate", 1),
@@ -82,6 +80,7 @@ APPLIES = {
     "cache_apply alone": ("*fp16", "fp16", "", 2),
     "cache_apply float8": ("*u8", "bf16", "hidden gate", 3),
     "cache_apply int8": ("*i8", "bf16", "scales hidden gate", 3),
+    "cache_apply some tokens": ("*bf16", "bf16", "ids hidden gate", 1),
 }
 # name -> (dtype, gated, approximation by tanh)
 GELUS = {
@@ -129,10 +128,13 @@ HEADS_OF_INTEGERS = {
 ONES = ("tokens", "height", "columns", "depth", "x_token", "out_token", "gate_sample")  # triton makes constants of them
 
 
-def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str, adjusted: bool) -> Any:
-    last = {"net": f"*{dtype}", "adjust": "*fp32" if adjusted else "constexpr"}
+def solver_step(kinds: tuple[int, ...], outputs: int, branches: int, dtype: str, adjusted: bool, axes: int = 0) -> Any:
+    last: dict[str, Any] = {"net": f"*{dtype}", "adjust": "*fp32" if adjusted else "constexpr"}
     sizes = {"OUTPUTS": outputs, "BLOCK": step.BLOCK}
-    return rows_kernel(step._solver_step, kinds, branches, dtype, last, sizes, step.WARPS)
+    if not axes:
+        return rows_kernel(step._solver_step, kinds, branches, dtype, last, sizes, step.WARPS)
+    last |= {"classes": "*u8", "sizes": ("i32",) * axes, "edges": ("i32",) * axes}
+    return rows_kernel(step._solver_step_by_class, kinds, branches, dtype, last, sizes, step.WARPS)
 
 
 def sample_adjust(kinds: tuple[int, ...], branches: int, dtype: str) -> Any:
@@ -178,11 +180,11 @@ def over_rows(kernel: Any, dtype: str, vectors: str, width: int, given: str) -> 
 def kept_planes(kernel: Any, store: str, dtype: str, given: str, count: int) -> Any:
     """A kernel over kept planes of 1152 channels; what it may do without is a constant where it is not given."""
     block = norm.row_block(1152) if store == "*i8" else updated.BLOCK
-    optional = {"scales", "base", "hidden", "gate"} | ({"out"} if kernel is updated._cache_update else set())
+    optional = {"scales", "base", "hidden", "gate", "ids"} | ({"out"} if kernel is updated._cache_update else set())
     constants: dict[str, Any] = dict.fromkeys((optional - {*given.split()}) & {*kernel.arg_names})
     constants |= {"BLOCK": block, "MADE" if kernel is updated._cache_update else "TERMS": count}
     pointers = dict.fromkeys(("fresh", "base", "hidden", "gate", "out"), f"*{dtype}")
-    pointers |= {"kept": store, "scales": "*fp32", "lanes": "*i64", "weights": "*fp32"}
+    pointers |= {"kept": store, "scales": "*fp32", "lanes": "*i64", "weights": "*fp32", "ids": "*i32"}
     signature = dict.fromkeys(kernel.arg_names, "i32") | {k: v for k, v in pointers.items() if k in kernel.arg_names}
     return compiled(kernel, signature, constants, norm.warps(block), ("planes",))
 
@@ -284,57 +286,13 @@ def philox_normal() -> Any:
     return compiled(philox._philox_normal, signature, {"BLOCK": philox.BLOCK}, philox.WARPS)
 
 
-def compiled(
-    kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int, odd: Any = ("draw",), **options: Any
-) -> Any:
-    """Ahead-of-time compilation; every argument is divisible by 16 but the `odd` ones, as is no float."""
-    signature = signature | dict.fromkeys(constants, "constexpr")
-    attributes = {}
-    for i, (name, kind) in enumerate(signature.items()):
-        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if kind not in ("constexpr", "fp32") and name not in odd and not str(kind).startswith("tensordesc"):
-            attributes |= {path: [["tt.divisibility", 16]] for path in paths}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": warps, "enable_fp_fusion": False} | options)
-
-
-def usage(kernel: Any, *, rounds: bool = True) -> dict[str, Any]:
-    """Registers, stack and local bytes a thread, fused multiply-adds; the PTX's memory and rounding instructions.
-
-    rounds: the kernel rounds every operation; others are not disassembled, which takes longer than compiling them.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        text, code = cuobjdump("-res-usage", cubin), cuobjdump("-sass", cubin) if rounds else ""
-    found = {what: int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL")}
-    ptx = kernel.asm["ptx"]
-    matrix = r"wgmma\.mma_async[\w.]+|cp\.async\.(?:c[ag]\.shared\.global|bulk\.tensor)"
-    moving = rf"\b(?:{matrix}|[ls][dt]\.global\.[\w.]+|cvt\.rn[\w.]*16[\w.]*|(?:fma|sqrt|div)\.[\w.]+)"
-    told = sorted(set(re.findall(moving, ptx)))
-    fused = len(re.findall(r"\bFFMA", code))  # a correctly rounded square root has some
-    target = re.search(r"\.target (\w+)", ptx)[1]
-    numbers = {
-        "shared": kernel.metadata.shared,
-        "registers": found["REG"],
-        "stack": found["STACK"],
-        "local": found["LOCAL"],
-        "fused": fused if rounds else None,
-    }
-    return {"target": target, "ptx": told} | numbers
-
-
-def cuobjdump(what: str, cubin: Path) -> str:
-    """Output of the tool that comes with triton."""
-    return subprocess.run([BIN / "cuobjdump", what, cubin], capture_output=True, text=True, check=True).stdout
-
-
 if __name__ == "__main__":
-    report = {name: usage(solver_step(*case)) for name, case in STEPS.items()}
+    report = {name: usage(solver_step(*case)) for name, case in (STEPS | BY_CLASS).items()}
     report |= {name: usage(sample_adjust(*case)) for name, case in ADJUSTS.items()}
     report |= {name: usage(over_rows(*case)) for name, case in ROWS.items()}
     report |= {name: usage(kept_planes(updated._cache_update, *case)) for name, case in UPDATES.items()}
     report |= {name: usage(kept_planes(applied._cache_apply, *case)) for name, case in APPLIES.items()}
+    report |= aot_tokens.report()
     report |= {name: usage(gelu(*case)) for name, case in GELUS.items()}
     report |= {name: usage(qk_norm_rope(*case)) for name, case in HEADS.items()}
     report |= {name: usage(linear(*case), rounds=False) for name, case in LINEARS.items()}

@@ -18,11 +18,15 @@ on_the_cpu = pytest.mark.backend("cpu")
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def heads(batch, queries, keys, count, width, *, dtype=torch.float32, seed=3):
-    """Normals [B, N, H, K], [B, M, H, K], [B, M, H, K]."""
-    generator = torch.Generator().manual_seed(seed)
+def device_of(backend):
+    return "cuda" if backend == "triton" and not spec.interpreted() else "cpu"
+
+
+def heads(batch, queries, keys, count, width, *, dtype=torch.float32, seed=3, backend="cpu"):
+    """Normals [B, N, H, K], [B, M, H, K], [B, M, H, K], where the backend takes them."""
+    generator, device = torch.Generator().manual_seed(seed), device_of(backend)
     tokens = (queries, keys, keys)
-    return tuple(torch.randn(batch, n, count, width, generator=generator).to(dtype) for n in tokens)
+    return tuple(torch.randn(batch, n, count, width, generator=generator).to(device, dtype) for n in tokens)
 
 
 def of_torch(query, key, value, **options):
@@ -61,7 +65,7 @@ def test_long_sequences_stay_as_exact(dtype):
 @on_every_backend
 @every_dtype
 def test_large_scores_do_not_overflow(backend, dtype):
-    query, key, value = heads(1, 4, 70, 1, 16, dtype=dtype)
+    query, key, value = heads(1, 4, 70, 1, 16, dtype=dtype, backend=backend)
     result = attention(1e4 * query, 1e4 * key, value, backend=backend)
     best = (query.double()[0, :, 0] @ key.double()[0, :, 0].T).argmax(dim=-1)  # it has all the weight
     assert torch.equal(result[0, :, 0], value[0, best, 0])
@@ -70,7 +74,7 @@ def test_large_scores_do_not_overflow(backend, dtype):
 @on_every_backend
 @every_dtype
 def test_equal_scores_give_the_mean_and_no_keys_give_zero(backend, dtype):
-    query, key, value = heads(2, 3, 64, 2, 24, dtype=dtype)
+    query, key, value = heads(2, 3, 64, 2, 24, dtype=dtype, backend=backend)
     value[:] = torch.arange(64.0).view(64, 1, 1)
     assert torch.equal(attention(torch.zeros_like(query), key, value, backend=backend), torch.full_like(query, 31.5))
     out = torch.full_like(query, math.nan)
@@ -121,16 +125,28 @@ def test_bits_do_not_depend_on_the_layout(dtype):
 
 @on_every_backend
 def test_a_result_may_take_the_place_of_the_queries(backend):
-    query, key, value = heads(2, 200, 600, 2, 128)  # several blocks of keys
+    query, key, value = heads(1, 200, 600, 1, 128, backend=backend)  # several blocks of keys
     want = attention(query, key, value, backend=backend)
     assert attention(query, key, value, out=query, backend=backend) is query and torch.equal(query, want)
+
+
+@on_every_backend
+@every_dtype
+@pytest.mark.parametrize("width", [24, 72])
+def test_kept_keys_have_the_bits_of_a_copy_of_them(backend, dtype, width):
+    """Rows [K | V] of five lanes, of which three samples read two; fewer queries than keys."""
+    query, kept, _ = heads(5, 9, 40, 4, width, dtype=dtype, backend=backend)
+    query, (key, value) = query[:3, :, :2], kept.unflatten(2, (2, 2)).unbind(2)
+    lanes = torch.tensor([4, 1, 4], device=query.device)
+    found = attention(query, key, value, lanes=lanes, backend=backend)
+    assert torch.equal(found, attention(query, key[lanes], value[lanes], backend=backend))
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
 
 X, KV = torch.zeros(2, 3, 4, 6), torch.zeros(2, 5, 4, 6)
 REFUSED = [
-    ((X.half(), KV, KV), {}, DtypeError, "query is float16, needs float32 or bfloat16"),
+    ((X.int(), KV, KV), {}, DtypeError, "query is int32, needs float32 or bfloat16"),
     ((X[0], KV, KV), {}, ShapeError, r"query has shape \(3, 4, 6\), needs \[B, N, H, K\]"),
     ((X, KV[:1], KV), {}, ShapeError, r"key has shape \(1, 5, 4, 6\), needs \[2, M, 4, 6\]"),
     ((X, KV[:, :, :2], KV), {}, ShapeError, r"key has shape \(2, 5, 2, 6\)"),
@@ -145,6 +161,10 @@ REFUSED = [
     ((X, KV, KV), {"scale": math.nan}, ArgumentError, "scale is nan"),
     ((X, KV, KV), {"out": KV}, ShapeError, r"out has shape \(2, 5, 4, 6\), needs \(2, 3, 4, 6\) as query"),
     ((X, KV, KV), {"out": X.double()}, DtypeError, "out is float64, needs float32"),
+    ((X, KV, KV), {"lanes": torch.tensor([0, 2])}, ArgumentError, r"lanes \[0, 2\] leave the 2 that kept has"),
+    ((X, KV, KV), {"lanes": torch.tensor([0])}, ShapeError, "1 lanes for 2 rows of query"),
+    ((X, KV, KV), {"lanes": torch.zeros(2)}, DtypeError, "lanes are float32, need int64"),
+    ((X, KV[..., :2, :], KV), {"lanes": torch.tensor([0, 1])}, ShapeError, r"needs \[L, M, 4, 6\]"),
 ]
 
 
@@ -162,7 +182,8 @@ def test_float64_runs_in_the_reference_and_is_refused_by_name_elsewhere():
         attention(*inputs, backend="cpu")
 
 
-def test_a_gpu_is_left_to_torch():
-    assert "triton" not in SPEC.impls
-    with pytest.raises(BackendError, match="attention has no triton implementation"):
-        attention(X, KV, KV, backend="triton")
+def test_float16_is_for_gpus_and_the_reference():
+    inputs = [tensor.half() for tensor in heads(1, 2, 3, 1, 4)]
+    assert attention(*inputs, backend="reference").dtype == torch.float16
+    with pytest.raises(BackendError, match="float16 runs on the reference"):
+        attention(*inputs, backend="cpu")

@@ -1,8 +1,12 @@
 """Kept planes: the same bits from every backend, what stays as it was, the sum of the residual, and what is refused."""
 
+import math
+
 import pytest
 import torch
 
+from vivace.engine.caching import plane_weights
+from vivace.engine.forecast import forecast_weights, stored_gain
 from vivace.errors import ArgumentError, DtypeError, ShapeError
 from vivace.kernels import spec
 from vivace.kernels.cache_apply import cache_apply
@@ -43,6 +47,60 @@ def value(kept, lane, j, options):
     """Plane j of a lane, as float32."""
     plane = kept[lane, j].float().clone()
     return plane * options["scales"][lane, j][..., None] if options else plane
+
+
+def chosen(backend, rows, count, of):
+    """ids int32 [rows, count]: ascending, other ones in each row."""
+    g = torch.Generator().manual_seed(2)
+    drawn = [torch.randperm(of, generator=g)[:count].sort().values for _ in range(rows)]
+    return torch.stack(drawn).int().to(device_of(backend))
+
+
+@on_every_backend
+@pytest.mark.parametrize("store", ALL_STORES)
+def test_some_tokens_have_the_bits_of_all_and_the_others_stay(backend, store):
+    """Rows 0 and 1 are two samples in one branch, 2 and 3 in another: a sample has the same ids in both."""
+    device = device_of(backend)
+    kept, _, options = memory(backend, store, shape=(4, 7, 200))
+    lanes, ids = torch.tensor([4, 1, 0, 3], device=device), chosen(backend, 2, 3, 7)
+    every, spread = ids.repeat(2, 1).long(), torch.arange(4, device=device)[:, None]
+    g = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(4, 7, 200, generator=g).to(device) for _ in range(2))
+    cache_update(kept, lanes, first, backend=backend, **options)
+    whole, beside = kept.clone(), {name: part.clone() for name, part in options.items()}
+    before = {lane: [value(kept, lane, j, options) for j in range(2)] for lane in lanes.tolist()}
+    cache_update(whole, lanes, second, made=1, backend=backend, **beside)
+    cache_update(kept, lanes, second[spread, every].contiguous(), made=1, ids=ids, backend=backend, **options)
+    weights = torch.tensor([[1.0, 0.5]] * 4, device=device)
+    given = cache_apply(kept, lanes, weights, ids=ids, backend=backend, **options)
+    wanted = cache_apply(whole, lanes, weights, backend=backend, **beside)[spread, every]
+    assert torch.equal(given, wanted)
+    for row, lane in enumerate(lanes.tolist()):
+        others = torch.ones(7, dtype=torch.bool, device=device)
+        others[every[row]] = False
+        for j in range(2):
+            now = value(kept, lane, j, options)
+            assert torch.equal(now[others], before[lane][j][others])
+            assert torch.equal(now[~others], value(whole, lane, j, beside)[~others])
+
+
+def test_ids_that_do_not_fit_are_refused():
+    kept, lanes, _ = memory("reference")
+    fresh = torch.zeros(2, 2, 200)
+    ids = chosen("reference", 2, 2, 3)
+    cache_update(kept, lanes, fresh, ids=ids)
+    for bad, error, said in (
+        (ids.long(), DtypeError, "ids are int64, need int32"),
+        (ids.repeat(2, 1)[:3], ShapeError, "2 lanes, a multiple of n"),
+        (ids[0], ShapeError, "ids have shape"),
+        (ids + 2, ArgumentError, "leave the 3 tokens kept"),
+        (ids - 1, ArgumentError, "leave the 3 tokens kept"),
+        (ids[:, :1].contiguous(), ShapeError, "fresh has shape"),
+    ):
+        with pytest.raises(error, match=said):
+            cache_update(kept, lanes, fresh, ids=bad)
+        with pytest.raises(error, match=said.replace("fresh", "hidden")):
+            cache_apply(kept, lanes, torch.ones(2, 1), hidden=fresh, ids=bad)
 
 
 def bits(tensor):
@@ -106,7 +164,7 @@ def test_differences_of_whole_numbers_are_exact_and_planes_beyond_them_stay(back
 
 @on_every_backend
 @pytest.mark.parametrize("store", ALL_STORES)
-def test_differences_are_those_of_planes_as_they_are_stored(backend, store):
+def test_differences_are_those_of_the_new_value_itself_to_the_old_one_as_it_is_stored(backend, store):
     if spec.interpreted() and store == "bfloat16":
         return  # cut off there, see above
     device = device_of(backend)
@@ -117,13 +175,36 @@ def test_differences_are_those_of_planes_as_they_are_stored(backend, store):
     cache_update(kept, lanes, second, made=1, backend=backend, **options)
     apart = memory(backend, store)
     cache_update(apart[0], lanes, second, backend=backend, **apart[2])
-    for lane, before in zip(lanes.tolist(), old, strict=True):
+    for new, lane, before in zip(second, lanes.tolist(), old, strict=True):
         newest = value(kept, lane, 0, options)
         assert torch.equal(newest, value(apart[0], lane, 0, apart[2]))
         again = memory(backend, store)
-        one = (newest - before)[None]
+        one = (new - before)[None]
         cache_update(again[0], lanes[:1], one, backend=backend, **again[2])
         assert torch.equal(value(kept, lane, 1, options), value(again[0], int(lanes[0]), 0, again[2]))
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(("order", "k"), [(0, 1), (1, 1), (1, 3), (2, 1), (2, 2)])
+def test_forecasts_multiply_the_variance_of_rounding_as_planners_reckon(store, order, k):
+    torch.manual_seed(order)
+    shape, part = (1, 500, 384), 0.03  # of a value that is new each time: what its difference is rounded by is part^2
+    kept, options = torch.zeros(1, 3, *shape[1:], dtype=getattr(torch, store)), {}
+    if store == "int8":
+        options["scales"] = torch.ones(kept.shape[:-1])
+    lanes, values = torch.zeros(1, dtype=torch.int64), [torch.randn(shape)]
+    values += [values[0] + part * torch.randn(shape) for _ in range(2)]
+    for made, fresh in enumerate(values):
+        cache_update(kept, lanes, fresh, made=made, **options)
+    weights = forecast_weights(order, k)
+    planes = torch.tensor([plane_weights(weights)])
+    found = cache_apply(kept, lanes, planes, **options).double()
+    exact = sum(w * value.double() for w, value in zip(weights, reversed(values), strict=False))
+    one = (value(kept, 0, 0, options).double() - values[-1]).square().mean()
+    ratio = float((found - exact).square().mean() / one) / stored_gain(weights)
+    differences = sum(float(weight) ** 2 * math.comb(2 * j, j) for j, weight in enumerate(planes[0]) if j)
+    count = values[0].numel()
+    assert abs(ratio - 1.0) < 10 * math.sqrt(2 / count) + part**2 * differences  # five deviations of each variance
 
 
 @on_every_backend

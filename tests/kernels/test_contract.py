@@ -104,7 +104,7 @@ def test_inputs_are_left_alone_and_a_repeat_has_the_same_bits(op, backend, case,
 
 def solver_step_alone(call, b):
     pool, outs, table, rows, index = call.args
-    kwargs = {k: v[b : b + 1] if k in ("seeds", "pictures", "adjust") else v for k, v in call.kwargs.items()}
+    kwargs = {k: v[b : b + 1] if k in ("seeds", "pictures", "adjust", "classes") else v for k, v in call.kwargs.items()}
     args = (pool, [out[b : b + 1] for out in outs], table, rows[b : b + 1], index[b : b + 1])
     return replace(call, args=args, kwargs=kwargs)
 
@@ -165,6 +165,46 @@ def rows_results(call, results, b):
     return [tensor[b : b + 1] for tensor in results]
 
 
+def attention_alone(call, b):
+    """Kept keys and values stay whole; those of a call without lanes are one sample's."""
+    if "lanes" not in call.kwargs:
+        return samples_alone(4)(call, b)
+    query, *kept = call.args
+    return replace(
+        call, args=(query[b : b + 1], *kept), kwargs=call.kwargs | {"lanes": call.kwargs["lanes"][b : b + 1]}
+    )
+
+
+def tokens_alone(call, b):
+    """A row with the ids of its picture; what is shared by all rows, and parts that lanes name, stay whole."""
+    first, ids, *fresh = call.args
+    rows = len(fresh[0]) if fresh else max(len(first), len(ids))
+    lanes = call.kwargs.get("lanes")
+
+    def one(value):
+        own = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows
+        return value[b : b + 1] if own else value
+
+    first = first if lanes is not None else one(first)
+    kwargs = {name: one(value) for name, value in call.kwargs.items()}
+    kwargs |= {} if lanes is None else {"lanes": lanes[b : b + 1]}
+    args = (first, ids[b % len(ids)][None], *map(one, fresh))
+    return replace(call, args=args, kwargs=kwargs, writes=(first,) if call.writes else ())
+
+
+def scatter_results(call, results, b):
+    lanes = call.kwargs.get("lanes")
+    return [results[0][b if lanes is None else int(lanes[b])]]
+
+
+def select_alone(call, b):
+    planes, weights, ages, keep = call.args
+    ages = ages[b : b + 1]
+    args = ([plane[b : b + 1] for plane in planes], weights if weights is None else weights[b : b + 1], ages, keep)
+    kwargs = {name: value[b : b + 1] if name == "scores" else value for name, value in call.kwargs.items()}
+    return replace(call, args=args, kwargs=kwargs, writes=(ages,))
+
+
 def samples_alone(least):
     """Ops whose tensors of `least` axes or more are [B, ...] where their first axis is as long as the inputs' is."""
 
@@ -186,12 +226,13 @@ def samples_alone(least):
 # Per op: the call of one sample, and one sample of a call's results.
 ALONE = {
     "adaln_modulate": (rows_alone, rows_results),
-    "attention": (samples_alone(4), rows_results),
+    "attention": (attention_alone, rows_results),
     "cache_apply": (kept_alone, kept_results),
     "cache_update": (kept_alone, kept_results),
     "fp8_linear": (samples_alone(1), rows_results),
     "fp8_quantize_tokens": (samples_alone(1), rows_results),
     "gated_residual": (rows_alone, rows_results),
+    "gather_tokens": (tokens_alone, rows_results),
     "gelu": (samples_alone(2), rows_results),
     "linear": (samples_alone(2), rows_results),
     "int8_attention": (samples_alone(4), rows_results),
@@ -200,6 +241,8 @@ ALONE = {
     "norm_modulate": (samples_alone(2), rows_results),
     "qk_norm_rope": (samples_alone(3), rows_results),
     "quantize_tokens": (samples_alone(1), rows_results),
+    "scatter_tokens": (tokens_alone, scatter_results),
+    "select_tokens": (select_alone, rows_results),
     "solver_step": (solver_step_alone, solver_step_results),
     "philox_normal": (philox_normal_alone, philox_normal_results),
     "sample_adjust": (solver_step_alone, sample_adjust_results),
@@ -209,7 +252,9 @@ ALONE = {
 def samples_of(op, call):
     """Samples in a call: its rows, seeds or first axis."""
     counted = {"solver_step": 3, "sample_adjust": 3, "philox_normal": 1, "cache_apply": 1, "cache_update": 1}
-    return len(call.args[counted.get(op.name, 0)])
+    counted |= {"scatter_tokens": 2, "select_tokens": 2}
+    count = len(call.args[counted.get(op.name, 0)])
+    return max(count, len(call.args[1])) if op.name == "gather_tokens" else count
 
 
 @every_case

@@ -78,17 +78,20 @@ def test_plain_rows_leave_room_for_many_warps(usage):
     limits |= {"solver_step adjusted": 64, "sample_adjust guided": 80}
     limits |= {"norm_modulate DiT": 48, "gated_residual DiT": 40, "adaln_modulate DiT": 48}
     limits |= {"cache_update DiT": 40, "cache_update float32": 64, "cache_apply DiT": 40, "cache_apply float32": 48}
+    limits |= {"gather_tokens DiT": 48, "scatter_tokens kept": 32, "scatter_tokens gated": 48}
     limits |= {"gelu erf": 48, "gelu tanh": 40, "gelu gated": 56, "qk_norm_rope FLUX": 64, "qk_norm_rope Wan": 64}
     assert {name: usage[name]["registers"] for name in limits if usage[name]["registers"] > limits[name]} == {}
 
 
 def test_compiled_kernels_move_16_bytes_at_a_time_and_round_as_the_definition_does(usage):
     for name, used in usage.items():
-        if name == "linear of ones":
-            continue  # nothing to align
-        assert "st.global.v4.b32" in used["ptx"] or name.startswith(("sample_adjust", "int8_attention sum")), name
+        if name == "linear of ones" or name.startswith("select_tokens"):
+            continue  # nothing to align; tokens are compared, not moved
+        apart = name.startswith("solver_step by class")  # neighbours may belong to other tokens
+        stores = not name.startswith(("sample_adjust", "int8_attention sum")) and not apart
+        assert "st.global.v4.b32" in used["ptx"] or not stores, name
         whole = {"ld.global.v4.b32", "cp.async.cg.shared.global", "cp.async.bulk.tensor"} & set(used["ptx"])
-        assert name == "philox_normal" or whole, name
+        assert name == "philox_normal" or whole or apart, name
         if used["fused"] is None:
             continue  # its sums are fused on purpose
         exact = {"sqrt.rn.f32", "div.rn.f32"} & set(used["ptx"])  # correctly rounded by means of such instructions
@@ -104,6 +107,8 @@ def test_linears_use_the_matrix_unit_and_leave_room_for_a_second_program(usage):
         "int8_linear by": ("s8.s8", COPIES), "fp8_linear by": ("e4m3.e4m3", COPIES),
         "int8_linear int8": ("s8.s8", BULK), "fp8_linear float8": ("e4m3.e4m3", BULK),
         "int8_attention 64": ("s8.s8", COPIES), "int8_attention 72": ("bf16.bf16", COPIES),
+        "attention 64": ("bf16.bf16", COPIES), "attention 72": ("bf16.bf16", COPIES),
+        "attention 256": ("bf16.bf16", COPIES), "attention float16": ("f16.f16", COPIES),
         "int8_attention 128": ("s8.s8", COPIES), "int8_attention float16": ("f16.f16", COPIES),
     }  # fmt: skip
     for prefix, (kind, loads) in kinds.items():

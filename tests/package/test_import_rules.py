@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STDLIB = set(sys.stdlib_module_names)
 PLAN = (
     *("engine.plan", "engine.verify", "engine.verify_caches", "engine.caching", "engine.bind"),
-    *("engine.prediction", "engine.render"),
+    *("engine.prediction", "engine.render", "engine.token_rows", "engine.token_layout", "engine.verify_tokens"),
+    "engine.merge_rows",
 )
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
 FROM_DIFFUSERS = tuple(
@@ -29,6 +30,7 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("engine.solvers", (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers"), {"numpy"}),
     ("engine.forecast", (), set()),
     ("engine.planners", (*PLAN, "engine.forecast", "engine.planners"), {"numpy"}),
+    ("engine.passes.token_history", (*PLAN, "engine.noise_schedule"), set()),
     ("engine.passes", (*PLAN, "engine.passes", "engine.planners"), {"numpy"}),
     *((name, (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}) for name in FROM_DIFFUSERS),
     ("engine.from_diffusers", (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}),

@@ -14,6 +14,19 @@ from typing import Annotated, Any
 
 import typer
 
+from vivace.cli.options import (
+    Backend,
+    Guidance,
+    Json,
+    Model,
+    PlanFile,
+    Prompts,
+    Quantized,
+    Solver,
+    Steps,
+    Threads,
+    Tokens,
+)
 from vivace.errors import ArgumentError, VivaceError
 
 app = typer.Typer(
@@ -26,32 +39,22 @@ app = typer.Typer(
 plan_app = typer.Typer(help="Make, read, compare and check plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Model = Annotated[str, typer.Option(help="Bundled model name, or a diffusers DiT folder.")]
-Solver = Annotated[str | None, typer.Option(help="ddim, dpmpp_2m, unipc or flow_euler; default: the model card's.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of the solver; default: the model card's.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model card's. 1 = off.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.", min=1)]
-Backend = Annotated[str, typer.Option(help="Executor: auto, eager, cpu or cuda_graph.")]
-Quantized = Annotated[
-    Path | None,
-    typer.Option(help="Quantized weights; a plan that says nothing of precision runs on them as they advise."),
-]
-
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one or more.")],
+    prompts: Prompts,
     model: Model = "emoji",
     solver: Solver = None,
     steps: Steps = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
+    plan: PlanFile = None,
     guidance: Guidance = None,
     n: Annotated[int, typer.Option("--n", help="Pictures per prompt.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed; picture j of a prompt is picture j of the seed.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("vivace.png"),
     scale: Annotated[int, typer.Option(help="Enlarge the PNG this many times.", min=1, max=32)] = 1,
     quantized: Quantized = None,
+    tokens: Tokens = None,
+    show_tokens: Annotated[Path | None, typer.Option(help="PNG of how often each region was computed.")] = None,
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -73,6 +76,8 @@ def generate(
         quantized=quantized,
         backend=backend,
         threads=threads,
+        tokens=tokens,
+        show_tokens=show_tokens,
     )
     _print(data, text, as_json)
 
@@ -83,7 +88,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Calibration table to write (.safetensors).")],
     quantization: Annotated[bool, typer.Option("--quantization", help="What linear layers read, for 8 bits.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="What caches do to pictures, for their planners.")] = False,
-    plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
+    plan: PlanFile = None,
     solver: Solver = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -94,6 +99,9 @@ def calibrate(
     groups: Annotated[int | None, typer.Option(help="Timestep groups; default: the recipe's.", min=1)] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: classes of the model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the states and of what is drawn.", min=0)] = 0,
+    quantized: Annotated[
+        Path | None, typer.Option(help="With --cache: weights of `vivace quantize`; what 8 bits add is measured too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model along the plan that it will run; `vivace quantize` and planners of caches read the table."""
@@ -104,10 +112,12 @@ def calibrate(
     if cache:
         if recipe != "per_token" or groups is not None:
             raise ArgumentError("calibrate: --recipe and --groups are of --quantization; drop them")
-        run = {"plan": plan, "solver": solver, "steps": steps, "guidance": guidance}
+        run = {"plan": plan, "solver": solver, "steps": steps, "guidance": guidance, "quantized": quantized}
         data, text = calibrate_caches(model, out=out, **run, pictures=samples, prompts=prompts, seed=seed)
         _print(data, text, as_json)
         return
+    if quantized is not None:
+        raise ArgumentError("calibrate: --quantized is of --cache; drop it")
     data, text = calibrate_model(
         model,
         out=out,
@@ -167,11 +177,13 @@ def plan_new(
     cache: Annotated[
         list[str] | None, typer.Option(help="NAME[:key=value,...] of vivace.planners, as fora:interval=2; repeatable.")
     ] = None,
+    tokens: Tokens = None,
     bind: Annotated[bool, typer.Option("--bind", help="Bind the plan to the model.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a plan and print it; with --out also write it."""
     from vivace.cli.caches import with_caches
+    from vivace.cli.tokens import with_tokens
     from vivace.engine.passes import apply_guidance
     from vivace.engine.plan import Plan
     from vivace.models.load import open_model
@@ -192,7 +204,7 @@ def plan_new(
             made = apply_guidance(made, guidance, interval=_interval(interval))
     if bind:
         made = made.bind(open_model(model).spec)
-    made = with_caches(made, cache)
+    made = with_tokens(with_caches(made, cache), tokens)
     if out is not None:
         made.save(out)
     _print({"plan": _summary(made), "path": None if out is None else str(out)}, _printed(made), as_json)
@@ -247,24 +259,29 @@ def profile(
     model: Model = "emoji",
     solver: Solver = None,
     steps: Steps = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan file instead of solver, steps and guidance.")] = None,
+    plan: PlanFile = None,
     guidance: Guidance = None,
     n: Annotated[int, typer.Option("--n", help="Pictures in the batch.", min=1)] = 1,
     trace: Annotated[Path | None, typer.Option(help="Chrome / Perfetto trace to write (JSON).")] = None,
     top: Annotated[int, typer.Option(help="Kernels listed.", min=1)] = 12,
+    tokens: Annotated[Path | None, typer.Option(help="PNG of how often each region was computed.")] = None,
     quantized: Quantized = None,
     backend: Backend = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Where the time goes: per phase, row and kernel."""
+    from vivace.cli.tokens import require_tokens
     from vivace.models.pipe import load
     from vivace.models.quantized.given import advised
     from vivace.profile.request import profile_request
 
     pipe = load(model, quantized=quantized)
     chosen = advised(pipe.choose_plan(plan, solver, steps, guidance), pipe.quantized)
-    report = profile_request(pipe.compile(chosen, backend=backend, threads=threads), prompt, n=n, trace=trace)
+    if tokens is not None:
+        require_tokens(chosen, "--tokens")
+    session = pipe.compile(chosen, backend=backend, threads=threads)
+    report = profile_request(session, prompt, n=n, trace=trace, tokens=tokens)
     _print(report.to_dict(top), report.table(top), as_json)
 
 
@@ -279,7 +296,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="caching, denoiser, e2e, gate, kernels or solvers.")],
+    suite: Annotated[str, typer.Argument(help="caching, denoiser, e2e, gate, kernels, solvers or tokens.")],
     op: Annotated[str | None, typer.Option(help="Only this op; with gate, the model.")] = None,
     claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,

@@ -24,17 +24,20 @@ def with_caches(plan: Plan, caches: list[str] | None) -> Plan:
         known |= {plain_name(each): apply_guards for each in GUARDED}
         if plain_name(name) not in known:
             raise ArgumentError(f"--cache {name!r}; use one of {', '.join([*PLANNERS, *GUARDED])}")
-        plan = known[plain_name(name)](plan, name, **_arguments(text, rest))
+        plan = known[plain_name(name)](plan, name, **arguments_in(f"--cache {name}", rest))
     return plan
 
 
-def _arguments(text: str, rest: str) -> dict[str, Any]:
-    """key=value pairs between commas outside of brackets; values are JSON, a+b is a list, else text."""
+def arguments_in(option: str, rest: str) -> dict[str, Any]:
+    """key=value pairs between commas outside of brackets; values are JSON, a+b is a list, else text.
+
+    option: for messages; rest: the pairs.
+    """
     out: dict[str, Any] = {}
     for pair in re.split(r",(?![^\[]*\])", rest) if rest else ():
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier() or key in out:
-            raise ArgumentError(f"--cache {text!r:.80}: {pair!r:.40}; write name:key=value,key=value, each key once")
+            raise ArgumentError(f"{option}: {pair!r:.40}; write key=value,key=value, each key once")
         out[key] = CalibrationTable.load(Path(value)) if key in TABLES and not value.startswith("[") else _value(value)
     return out
 

@@ -73,6 +73,7 @@ def calibrate_caches(
     pictures: int | None,
     prompts: Path | None,
     seed: int,
+    quantized: Path | None,
 ) -> tuple[dict[str, Any], str]:
     """Measure what caches do to pictures along a plan, and write the table. Returns: data for JSON, and text."""
     from vivace.models.caching.calibrate import PICTURES, calibrate_cache
@@ -80,7 +81,7 @@ def calibrate_caches(
 
     check_folder(out)
     asked = None if prompts is None else read_lines(prompts)
-    pipe = load(model, dtype="float32")
+    pipe = load(model, dtype="float32", quantized=quantized)
     chosen = pipe.choose_plan(plan, solver, steps, guidance)
     count, start = PICTURES if pictures is None else pictures, time.perf_counter()
     with progress_bars() as progress:
@@ -90,12 +91,15 @@ def calibrate_caches(
     told = table.metadata
     data: dict[str, Any] = {"out": str(out), "kind": table.kind, "hash": table.hash, "model": told["model"]}
     data |= {"fingerprint": table.fingerprint, "plan": told["plan_hash"], "seed": seed, "seconds": seconds}
-    data |= {name: told[name] for name in ("pictures", "evaluations", "sites")}
+    data |= {name: told[name] for name in ("pictures", "evaluations", "sites", "quantized")}
     data |= {"arrays": sorted(table.arrays), "bytes": sum(array.nbytes for array in table.arrays.values())}
+    low = told["quantized"]
     lines = [
         f"{data['model']}: sites {', '.join(data['sites'])} over {data['evaluations']} evaluations of {count} runs",
         f"wrote {out}: {data['bytes'] / 1e6:.1f} MB, {table.hash[:12]}, plan {data['plan'][:12]}, {seconds:.1f} s",
     ]
+    if low is not None:
+        lines.insert(1, f"what {low['format']} adds was measured, weights {low['digest'][:12]}")
     return data, "\n".join(lines)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import typer
 from PIL import Image
 
+from vivace.cli.tokens import require_tokens, with_tokens
 from vivace.engine.plan import Plan
 from vivace.errors import ArgumentError
 from vivace.models import pictures
+from vivace.models.heat import frames_of, write_heat
 from vivace.models.pipe import Pipe, load
 from vivace.models.prompts import Match
 
@@ -34,23 +36,30 @@ def generate_pictures(
     quantized: Path | None,
     backend: str,
     threads: int | None,
+    tokens: str | None = None,
+    show_tokens: Path | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Draw `n` pictures per prompt, all in one batch, and write them to `out` as one picture or a grid.
+
+    tokens: arguments of `passes.apply_tokens`; show_tokens: PNG of how often each region was computed.
 
     Everything that can be wrong is checked before the first evaluation; the file appears whole or not at all.
     Returns: data for JSON, and text for people.
     """
     if guidance is not None and not math.isfinite(guidance):
         raise ArgumentError(f"guidance {guidance}; a finite number is needed")
-    pictures.check_writable(out)
+    for path in filter(None, (out, show_tokens)):
+        pictures.check_writable(path)
     pipe = load(model, quantized=quantized)
-    chosen = pipe.choose_plan(plan, solver, steps, guidance)
+    chosen = with_tokens(pipe.choose_plan(plan, solver, steps, guidance), tokens)
+    if show_tokens is not None:
+        require_tokens(chosen, "--show-tokens")
     if quantized is not None:
         from vivace.models.quantized.given import advised
 
         chosen = advised(chosen, pipe.quantized)
     results = _run(pipe, chosen, prompts, n=n, seed=seed, guidance=guidance, backend=backend, threads=threads)
-    images = [frame for result in results for image in result.images for frame in _frames(image)]
+    images = [frame for result in results for image in result.images for frame in frames_of(image)]
     sheet = images[0] if len(images) == 1 else pictures.grid(images)
     if scale > 1:
         sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.LANCZOS)
@@ -62,7 +71,9 @@ def generate_pictures(
         "vivace:model": f"{pipe.spec.name} {pipe.spec.fingerprint}",
     }
     pictures.write_png(sheet, out, metadata)
-    return _report(prompts, results, out)
+    if show_tokens is not None:
+        write_heat(results, show_tokens)
+    return _report(prompts, results, [path for path in (out, show_tokens) if path is not None])
 
 
 def _run(
@@ -94,12 +105,7 @@ def _run(
     return [session.finish(state) for state in states]
 
 
-def _frames(image: Any) -> list[Image.Image]:
-    """A picture, or the frames of a video."""
-    return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def _report(prompts: Sequence[str], results: Sequence[Any], out: Path) -> tuple[dict[str, Any], str]:
+def _report(prompts: Sequence[str], results: Sequence[Any], written: Sequence[Path]) -> tuple[dict[str, Any], str]:
     found, lines = [], []
     for prompt, result in zip(prompts, results, strict=True):
         match, entry = result.condition, {"prompt": prompt}
@@ -107,5 +113,5 @@ def _report(prompts: Sequence[str], results: Sequence[Any], out: Path) -> tuple[
             entry |= {"id": match.id, "name": match.name, "codepoint": match.codepoint, "how": match.how}
             lines.append(f"{prompt!r} -> {match.name!r} {match.codepoint} ({match.how})")
         found.append({**entry, "receipt": result.receipt.to_dict()})
-    lines += [str(results[0].receipt), f"wrote {out}"]
-    return {"out": str(out), "prompts": found}, "\n".join(lines)
+    lines += [str(results[0].receipt), *(f"wrote {path}" for path in written)]
+    return {"out": str(written[0]), "prompts": found}, "\n".join(lines)

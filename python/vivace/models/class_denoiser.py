@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from vivace.engine.merge_rows import SITE as MERGE
 from vivace.engine.plan import Variant
 from vivace.engine.precision import named
 from vivace.models import pictures
-from vivace.models.caching.events import SITES
+from vivace.models.caching.events import LISTENS, SITES
 from vivace.models.caching.looks import METRICS, going_on, states_of
 from vivace.models.load import LoadedModel
 from vivace.models.prompts import Match
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vivace.engine.compiled import Compiler
     from vivace.engine.denoiser import Replayable
     from vivace.engine.kept import Seen, Turn
+    from vivace.engine.merging import Merging
+    from vivace.engine.tokens import Focus
     from vivace.models.quantized.stand_in import StandIns
     from vivace.models.quantized.weights import QuantizedWeights
 
@@ -29,7 +32,7 @@ class ClassDenoiser:
     """The native DiT as the engine's `Denoiser`: conditions are classes found by prompt, uncond is the null label."""
 
     models: tuple[str, ...] = ("main",)
-    sites, metrics = SITES, METRICS
+    sites, metrics = SITES | {MERGE, LISTENS}, METRICS
 
     def __init__(self, model: LoadedModel, quantized: QuantizedWeights | None = None) -> None:
         self.model, self.spec, self.quantized = model, model.spec, quantized
@@ -64,17 +67,19 @@ class ClassDenoiser:
         variant: Variant,
         turns: Sequence[Turn] = (),
         resume: Seen | None = None,
+        focus: Focus | None = None,
+        merging: Merging | None = None,
     ) -> tuple[Tensor, ...]:
         """One prediction [n, C, H, W] per branch of the variant."""
         row = x, timesteps, conditions, variant
-        if not turns and resume is None:
+        if not turns and resume is None and focus is None and merging is None:
             return self.run_with(*row, variant.branches, lambda network, *inputs: network(*inputs))
         from vivace.engine.kept import split
         from vivace.models.caching.native import predict
 
         seen, made = going_on(resume, turns), {}
         for names, mine in split(variant.branches, turns):
-            forward = partial(predict, branches=names, turns=mine)
+            forward = partial(predict, branches=names, turns=mine, focus=focus, merging=merging)
             if seen is not None:
                 forward = partial(forward, hidden=states_of(seen, names), block=seen.block)
             made.update(zip(names, self.run_with(*row, names, forward), strict=True))

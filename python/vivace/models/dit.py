@@ -13,9 +13,9 @@ Source: Peebles and Xie 2023, section 3.2 and figure 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,13 @@ from vivace.models.dit_config import TIME_FEATURES, DiTConfig
 from vivace.models.dit_files import read_dit, write_dit
 from vivace.models.rowwise import gelu, linear, silu
 
+if TYPE_CHECKING:
+    from vivace.models.tokens.merge import Merged
+
 NORM_EPS = 1e-6  # of the attention and final norms; that of the MLP is in the configuration
+
+# Queries, keys and values [R, H, N, D/H] of a row's tokens -> keys and values that its queries attend to.
+Held = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Modulation(NamedTuple):
@@ -96,19 +102,30 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def attention(self, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def attention(
+        self, hidden: Tensor, shift: Tensor, scale: Tensor, held: Held | None = None, merged: Merged | None = None
+    ) -> Tensor:
         """Self-attention of the modulated norm, before its gate. [R, N, D] -> [R, N, D]; `scale` is 1 + scale."""
-        rows, tokens, width = hidden.shape
-        x = torch.addcmul(shift, F.layer_norm(hidden, (width,), eps=NORM_EPS), scale)
+        x = torch.addcmul(shift, F.layer_norm(hidden, (hidden.shape[-1],), eps=NORM_EPS), scale)
+        if merged is not None:
+            return merged.unmerge(self._attended(merged.merge(x), held))
+        return self._attended(x, held)
+
+    def _attended(self, x: Tensor, held: Held | None) -> Tensor:
+        rows, tokens, width = x.shape
         qkv = linear(x, self.qkv).view(rows, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if held is not None:
+            key, value = held(query, key, value)
         x = F.scaled_dot_product_attention(query, key, value)
         return linear(x.transpose(1, 2).reshape(rows, tokens, width), self.out)
 
-    def mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor, merged: Merged | None = None) -> Tensor:
         """Feed-forward network of the modulated norm, before its gate. [R, N, D] -> [R, N, D]."""
         x = torch.addcmul(shift, F.layer_norm(hidden, (hidden.shape[-1],), eps=self.mlp_eps), scale)
-        return linear(gelu(linear(x, self.up), self.approximate), self.down)
+        x = x if merged is None else merged.merge(x)
+        x = linear(gelu(linear(x, self.up), self.approximate), self.down)
+        return x if merged is None else merged.unmerge(x)
 
     def forward(self, hidden: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """One block; the input is left as it is."""
@@ -161,14 +178,19 @@ class DiT(nn.Module):
             hidden = self.block(i, hidden, modulation)
         return self.head(hidden, modulation, (x.shape[2], x.shape[3]))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Patches to tokens plus positions. [n, C, H, W] -> [n, N, D]; repeat it for every branch."""
+    def embed(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Patches to tokens plus positions. [n, C, H, W] -> [n, N, D]; repeat it for every branch.
+
+        ids: integers [n, M]: of each sample these tokens alone, [n, M, D].
+        """
         n, channels, height, width = x.shape
         patch = self.config.patch
         grid = (height // patch, width // patch)
         cells = x.view(n, channels, grid[0], patch, grid[1], patch).permute(0, 2, 4, 1, 3, 5)
-        hidden = linear(cells.reshape(n, grid[0] * grid[1], channels * patch * patch), self.patches)
-        return hidden.add_(self._positions_at(grid))
+        cells, positions = cells.reshape(n, grid[0] * grid[1], channels * patch * patch), self._positions_at(grid)
+        if ids is not None:
+            cells, positions = cells[torch.arange(n, device=ids.device)[:, None], ids], positions[ids]
+        return linear(cells, self.patches).add_(positions)
 
     def condition(self, t: Tensor, labels: Tensor) -> Modulation:
         """Modulation vectors of the whole network from timesteps [n] and labels [B, n]; independent of x."""
@@ -186,23 +208,49 @@ class DiT(nn.Module):
         """Block i on hidden states [R, N, D]."""
         return self.layers()[i].forward(hidden, modulation.of_block(i))
 
-    def fresh(self, i: int, half: int, hidden: Tensor, modulation: Modulation) -> Tensor:
-        """What half of block i, 0 its attention and 1 its MLP, gives before its gate; [R, N, D]."""
+    def fresh(
+        self,
+        i: int,
+        half: int,
+        hidden: Tensor,
+        modulation: Modulation,
+        held: Held | None = None,
+        merged: Merged | None = None,
+    ) -> Tensor:
+        """What half of block i, 0 its attention and 1 its MLP, gives before its gate; [R, N, D].
+
+        merged: which of its tokens are merged meanwhile, None: none.
+        """
         block, (shift, scale, _) = self.layers()[i], modulation.of_half(i, half)
-        return block.mlp(hidden, shift, scale) if half else block.attention(hidden, shift, scale)
+        own = hidden, shift, scale
+        return block.mlp(*own, merged) if half else block.attention(*own, held, merged)
 
     def joined(self, i: int, half: int, hidden: Tensor, modulation: Modulation, fresh: Tensor) -> Tensor:
         """hidden + gate * fresh, to the bits of `block`."""
         return torch.addcmul(hidden, modulation.of_half(i, half)[2], fresh)
 
-    def head(self, hidden: Tensor, modulation: Modulation, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
-        """Hidden states [R, N, D] -> B predictions [n, C, H, W]; `size` (H, W), default the native one."""
+    def head(
+        self,
+        hidden: Tensor,
+        modulation: Modulation,
+        size: tuple[int, int] | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Hidden states [R, N, D] -> B predictions [n, C, H, W]; `size` (H, W), default the native one.
+
+        ids: integers [n, M]: hidden states are of these tokens; pixels of others are 0.
+        """
         config = self.config
         shift, scale = modulation.of_head()
         x = torch.addcmul(shift, F.layer_norm(hidden, (config.width,), eps=NORM_EPS), scale)
         height, width = size or (config.size, config.size)
         patch = config.patch
-        x = linear(x, self.final).view(-1, height // patch, width // patch, patch, patch, config.out_channels)
+        x = linear(x, self.final)
+        if ids is not None:
+            some, rows = x, torch.arange(len(x), device=ids.device)
+            x = some.new_zeros((len(some), height // patch * (width // patch), some.shape[2]))
+            x[rows[:, None], ids.repeat(modulation.branches, 1)] = some
+        x = x.view(-1, height // patch, width // patch, patch, patch, config.out_channels)
         x = x[..., : config.channels].permute(0, 5, 1, 3, 2, 4).reshape(-1, config.channels, height, width)
         return x.chunk(modulation.branches)
 

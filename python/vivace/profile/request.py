@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from vivace.engine.plan_io import write_atomic
 from vivace.engine.receipt import Event, Receipt
-from vivace.engine.request import Request
+from vivace.engine.request import Request, Result
+from vivace.models.heat import write_heat
+from vivace.models.pictures import check_writable
 
 if TYPE_CHECKING:
     from vivace.engine.session import Session
@@ -59,19 +61,26 @@ class Profile:
         return "\n".join(lines)
 
 
-def profile_request(session: Session, prompt: str | None, *, n: int = 1, trace: Path | None = None) -> Profile:
+def profile_request(
+    session: Session, prompt: str | None, *, n: int = 1, trace: Path | None = None, tokens: Path | None = None
+) -> Profile:
     """Run a request three times: to warm up, for the times of rows and phases, and under the profiler for kernels.
 
     `trace`: JSON in Chrome's trace format, one track for rows and phases and one for kernels, of the profiled run.
+    `tokens`: PNG of how often each region was computed. Raises ArgumentError where the plan computes all tokens.
     """
+    for path in filter(None, (trace, tokens)):
+        check_writable(path)
     request = Request(prompt, n=n)
     _run(session, request)
-    receipt = _run(session, request)
+    result = _run(session, request)
+    if tokens is not None:
+        write_heat([result], tokens)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        profiled = _run(session, request)
+        profiled = _run(session, request).receipt
     averages = [
         KernelTime(average.key, average.count, (average.self_cpu_time_total + _device_time(average)) / 1e3)
         for average in profiler.key_averages()
@@ -79,7 +88,7 @@ def profile_request(session: Session, prompt: str | None, *, n: int = 1, trace: 
     if trace is not None:
         write_atomic(trace, json.dumps(chrome_trace(profiled, profiler.events())).encode())
     kernels = sorted((kernel for kernel in averages if kernel.ms > 0), key=lambda kernel: -kernel.ms)
-    return Profile(receipt, tuple(kernels))
+    return Profile(result.receipt, tuple(kernels))
 
 
 def chrome_trace(receipt: Receipt, kernels: Any) -> dict[str, Any]:
@@ -104,11 +113,11 @@ def chrome_trace(receipt: Receipt, kernels: Any) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"plan": receipt.plan_hash}}
 
 
-def _run(session: Session, request: Request) -> Receipt:
+def _run(session: Session, request: Request) -> Result:
     state = session.begin(request)
     while not state.done:
         session.step([state])
-    return session.finish(state).receipt
+    return session.finish(state)
 
 
 def _label(event: Event) -> str:

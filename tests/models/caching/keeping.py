@@ -14,6 +14,7 @@ import torch
 from vivace.engine.caching import CachePlan, RowUse, caches
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn
 from vivace.engine.plan import Action, Args, Binding, Plan, Recipe, Rule, Step, Variant
+from vivace.engine.tokens import Focus
 from vivace.models.caching.foreign import Cached
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ BRANCH = "cond"
 
 
 def rows_of(rules: Sequence[tuple[Rule, ...]], forecast: tuple[float, ...], blocks: int) -> CachePlan:
-    """The caches of a plan with one row a tuple of rules."""
-    steps = tuple(Step(1.0, 1.0, 1.0, (), Variant(rules=row), forecast=forecast) for row in rules)
+    """The caches of a plan with one row a tuple of rules; rows that read keys compute some tokens."""
+    some = [any(rule.site == "kv" and rule.action == Action.REUSE for rule in row) for row in rules]
+    variants = (Variant(rules=row, selector="random" if part else "all") for row, part in zip(rules, some, strict=True))
+    steps = tuple(Step(1.0, 1.0, 1.0, (), variant, forecast=forecast) for variant in variants)
     plan = Plan(steps, "eps", (), Recipe("make_plan", Args()), binding=Binding("x", blocks, 1, 1, (1,)))
     return caches(plan)
 
@@ -44,12 +47,14 @@ class Run:
         plan, memory = rows_of(rules, forecast, len(network.parts.blocks)), KeptMemory()
         return cls(network, plan, memory, Kept(memory, plan, len(network.answer)))
 
-    def row(self, number: int, network: Network | None = None, module: Any = None) -> torch.Tensor:
-        """What row `number` answers to the arguments of `network`."""
+    def row(
+        self, number: int, network: Network | None = None, module: Any = None, focus: Focus | None = None
+    ) -> torch.Tensor:
+        """What row `number` answers to the arguments of `network`; `focus`: with these image tokens of every row."""
         network = network or self.network
         cached, count = Cached(module or network.module), len(network.answer)
         turns = [self._turn(item, count) for item in self.plan.rows[number].uses]
-        return network.run(partial(cached.forward, turns, [(BRANCH, n) for n in range(count)]))
+        return network.run(partial(cached.forward, turns, [(BRANCH, n) for n in range(count)], focus=focus))
 
     def _turn(self, item: RowUse, count: int) -> Turn:
         return Turn(item.use, "main", tuple(Sample(self.kept, n, item.weights) for n in range(count)))

@@ -1,6 +1,7 @@
 """Rows of a tiny DiT that keep and give again, run every way, each with memory of its own."""
 
 import copy
+from functools import partial
 
 import torch
 
@@ -8,6 +9,7 @@ from vivace.engine.caching import CachePlan, Cell, Use
 from vivace.engine.compiled import Bucket
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn, split
 from vivace.engine.plan import Action
+from vivace.engine.tokens import Focus
 from vivace.models.caching.looks import going_on, states_of
 from vivace.models.caching.native import look, predict
 from vivace.models.compiled.cpp_row import CppRow
@@ -73,6 +75,7 @@ class Case:
         self.quantized = None if kinds is None else nearest(self.model)
         g = torch.Generator().manual_seed(1)
         self.x = torch.randn(len(TIMES), SAMPLES, 4, 6, 10, generator=g, dtype=torch.float64).to(dtype)
+        self.tokens = 15
         self.made = {}
 
     def exact(self):
@@ -93,7 +96,7 @@ class Case:
             self.made[way].reserve(len(BRANCHES), Bucket(15, SAMPLES))
         return self.made[way]
 
-    def eager(self, i, turns, samples=range(SAMPLES), seen=None):
+    def eager(self, i, turns, samples=range(SAMPLES), seen=None, focus=None):
         """Predictions [B, n, C, H, W] of row i."""
         samples, outs = list(samples), {}
         t = torch.full((len(samples),), TIMES[i], dtype=torch.float64)
@@ -103,7 +106,7 @@ class Case:
             labels = torch.tensor([[LABELS[place]] * len(samples) for place in places])
             states = {} if seen is None else {"hidden": states_of(seen, names), "block": seen.block}
             with forward_at(TIMES[i : i + 1]):
-                made = predict(self.network(), self.x[i, samples], t, labels, names, mine, **states)
+                made = predict(self.network(), self.x[i, samples], t, labels, names, mine, **states, focus=focus)
             outs.update(zip(names, made, strict=True))
         return torch.stack([outs[name] for name in BRANCHES])
 
@@ -113,13 +116,13 @@ class Case:
         labels = torch.tensor(LABELS)[:, None].expand(2, len(samples))
         return look(self.network(), self.x[i, samples], t, labels, BRANCHES, metric, params)
 
-    def compiled(self, way, i, turns, samples=range(SAMPLES), seen=None, **options):
+    def compiled(self, way, i, turns, samples=range(SAMPLES), seen=None, focus=None, **options):
         samples, outs = list(samples), {}
         seen = going_on(seen, turns)
         for names, mine in split(BRANCHES, turns):
             places = [BRANCHES.index(name) for name in names]
             states = (None, 0) if seen is None else (states_of(seen, names).contiguous(), seen.block)
-            part = Part(names, mine, *states)
+            part = Part(names, mine, *states, focus)
             made = self.row(way).run(*self.inputs(i, samples, places), part=part, **options)
             outs.update((name, out.clone()) for name, out in zip(names, made, strict=True))
         return torch.stack([outs[name] for name in BRANCHES])
@@ -130,11 +133,25 @@ class Case:
         picks = [[(i, place) for place in places] for _ in samples]
         return self.x[i], samples, [table] * len(samples), picks, None
 
-    def run(self, way, rows, store=None, samples=range(SAMPLES)):
-        """All rows one after the other: predictions [rows, B, n, C, H, W]."""
+    def run(self, way, rows, store=None, samples=range(SAMPLES), ids=None):
+        """All rows one after the other: predictions [rows, B, n, C, H, W]; ids: of each row, None or [SAMPLES, M].
+
+        Of token rows pixels of other tokens are 0.
+        """
         memory = Memory(rows, store)
         made = []
         for i, row in enumerate(rows):
-            turns = memory.turns(row, samples)
-            made.append(self.eager(i, turns, samples) if way == "eager" else self.compiled(way, i, turns, samples))
+            turns, some = memory.turns(row, samples), None if ids is None else ids[i]
+            focus = None if some is None else Focus(some[list(samples)], self.tokens)
+            run = self.eager if way == "eager" else partial(self.compiled, way)
+            out = run(i, turns, samples, focus=focus)
+            made.append(out if focus is None else torch.where(self.shown(focus) > 0, out, 0))
         return torch.stack(made)
+
+    def shown(self, focus):
+        """1 in pixels of active tokens, 0 in others: [n, 1, H, W]."""
+        patch, (height, width) = self.model.config.patch, self.x.shape[-2:]
+        mask = torch.zeros(len(focus.ids), focus.tokens, dtype=self.x.dtype)
+        mask.scatter_(1, focus.ids.long(), 1.0)
+        mask = mask.view(-1, 1, height // patch, width // patch)
+        return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)

@@ -9,6 +9,7 @@ from tests.models.compiled.test_native import forced, plan_of
 import vivace
 from vivace.engine.plan import Action, Guard, Rule
 from vivace.kernels.spec import error_of
+from vivace.models.caching import events
 from vivace.models.compiled import native
 from vivace.models.compiled.replay import DitReplay
 
@@ -110,5 +111,5 @@ def test_rows_of_one_branch_alone_run_apart(pipe, monkeypatch):
     assert error_of(ours, exact) <= 2 * error_of(eager, exact) + 2**-24
 
 
-def test_graphs_name_no_site_and_no_metric():
-    assert not DitReplay.sites and not DitReplay.metrics
+def test_graphs_have_all_sites_and_no_metric():
+    assert DitReplay.sites == events.SITES and not DitReplay.metrics

@@ -15,8 +15,9 @@ from math import prod
 from typing import Any
 
 import torch
-from tests.models.caching.keeping import Run, calls, keep, reuse
+from tests.models.caching.keeping import Run, calls, keep, later, reuse
 from tests.models.pipelines.tiny import FAMILIES, VARIANTS, Tiny, make
+from tests.models.tokens.dense import active, count, densely, picked, sparsely
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vivace
@@ -199,7 +200,7 @@ def keeps_and_gives(network: Network) -> None:
     first = 1 if network.parts.blocks[0].kind == "down" else 0
     cached = Cached(network.module)
     rules = {"block": [(first, last)]}
-    for site in sorted(cached.sites - {"block", "residual"}):
+    for site in sorted(cached.sites & {"attn", "cross_attn", "mlp"}):
         rules[site] = [(i, i + 1) for i in range(last) if cached.lacks(site, (i, i + 1)) is None]
     inner = [site for site in rules if site != "block"]
     names = [info.name for info in network.parts.blocks[first:last]]
@@ -208,6 +209,22 @@ def keeps_and_gives(network: Network) -> None:
         assert torch.equal(run.row(0), network.answer)
         assert torch.equal(run.row(1), network.answer)
         assert sites == inner or calls(network, names, partial(run.row, 1)) == 0
+
+
+def runs_some_tokens(network: Network) -> None:
+    """Some tokens get what a dense run gives them where others keep old keys; all tokens the plain bits.
+
+    A network that needs all tokens in every row says why.
+    """
+    if (why := Cached(network.module).whole) is not None:
+        assert "computes all image tokens" in why
+        return
+    late, ids = later(network), picked(network)
+    found = active(late, sparsely(network, late, ids), ids)
+    wanted = active(late, densely(network, late, ids), ids)
+    assert (found - wanted).abs().max() <= 16 * torch.finfo(torch.float32).eps * wanted.abs().max()
+    every = torch.arange(count(network), dtype=torch.int32).expand(len(network.answer), -1)
+    assert torch.equal(sparsely(network, late, every), late.answer)
 
 
 def serves_two_threads(network: Network) -> None:
@@ -325,6 +342,7 @@ ON_NETWORKS: dict[str, Callable[[Network], None]] = {
     "float64": runs_in_float64,
     "two threads": serves_two_threads,
     "cached": keeps_and_gives,
+    "token rows": runs_some_tokens,
     "spec": says_its_spec,
 }
 ON_PIPELINES: dict[str, Callable[[str], None]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.models.pipelines.checks import CHECKS, networks
 from tests.models.pipelines.tiny import FAMILIES, VARIANTS, make
 
-from vivace.engine.caching import SITES
+from vivace.engine.caching import FEATURES
 from vivace.models.caching.foreign import Cached
 from vivace.models.pipelines.blocks import ModuleParts
 from vivace.models.pipelines.families import FAMILIES as RECORDS
@@ -46,6 +46,8 @@ CLAIMS = """
 - **two threads**: one replaces blocks of a network while another runs it plainly, both with the bits of a thread alone.
 - **cached**: blocks, and attentions and MLPs inside them, that are given what they gave do not run, and the prediction
   keeps its bits.
+- **token rows**: tokens of a row that computes some get what a dense run gives them where the others keep the keys and
+  values of an earlier row; a row of all tokens by the same way keeps the plain bits. "no": see below.
 - **spec**: the tokens of a latent by the spec are the image tokens that the blocks read.
 
 `guidance` is the argument that asks for a second branch; "in the network" means that the scale is an input.
@@ -77,13 +79,18 @@ Every refusal is an `UnsupportedError` before any work, except where a prompt de
 A record of a few lines; run it before `vivace.load` or `vivace.accelerate`:
 
 ```python
-from vivace.models.pipelines.families import Blocks, Family, Shape, register_family
+from vivace.models.pipelines.families import Blocks, Family, Rows, Shape, Tokens, register_family
 
 register_family(
     Family(
         denoiser="MyTransformer2DModel",  # the class of the network
         blocks=(  # its lists of blocks in the order they run
-            Blocks("joint_blocks", Shape("hidden", "context", returns=("context", "hidden"))),
+            Blocks(
+                "joint_blocks",
+                Shape("hidden", "context", returns=("context", "hidden")),
+                # rows of some tokens: its self-attention, and what it is handed with a row for each token
+                tokens=Tokens(("attn",), options=(Rows("image_rotary_emb", axis=0),)),
+            ),
             # one sequence of text and image tokens: how many text tokens lead it
             Blocks("blocks", Shape("hidden", None), text=lambda given: given["prompt_embeds"].shape[1]),
         ),
@@ -94,7 +101,8 @@ register_family(
 )
 ```
 
-`Blocks("joint_blocks")` alone is enough for blocks that `diffusers` registers for its own caches.
+`Blocks("joint_blocks")` alone is enough for blocks that `diffusers` registers for its own caches; without `tokens` all
+rows compute all tokens.
 """
 
 
@@ -114,6 +122,8 @@ def checked() -> list[list[str]]:
         notes = {"float64": f"yes, but {parts.family.float32}" if parts.family.float32 else "yes"}
         if all(info.kind != "transformer" for info in parts.blocks):
             notes["left out"] = "no: shapes change"
+        if Cached(parts.module).whole is not None:
+            notes["token rows"] = "no"
         guidance = f"`{tiny.scale}`" if tiny.guided else "in the network"
         pipeline = f"`{type(make(name)).__name__}`" + (", two experts" if len(tiny.denoisers) > 1 else "")
         table.append([pipeline, guidance, *(notes.get(check.title, "yes") for check in CHECKS.values())])
@@ -140,7 +150,7 @@ def described() -> list[list[str]]:
 def sites(parts: ModuleParts) -> str:
     """Sites of a network's blocks, and those that one projection gives together."""
     there = Cached(parts.module).sites
-    listed = ", ".join(site for site in SITES if site in there)
+    listed = ", ".join(site for site in FEATURES if site in there)
     joined = [(half.sites, entry.path) for entry in parts.family.blocks for half in entry.inside if len(half.sites) > 1]
     return listed + "".join(f"; {' and '.join(names)} of `{path}` together" for names, path in joined)
 
@@ -148,6 +158,9 @@ def sites(parts: ModuleParts) -> str:
 def render() -> str:
     """The whole file."""
     refused = [f"- `{record.denoiser}`: {why}." for record in RECORDS.values() for why in record.refused]
+    refused += [
+        f"- `{record.denoiser}`, rows of some tokens: {record.whole}." for record in RECORDS.values() if record.whole
+    ]
     variants = ", ".join(f"`{type(make(name)).__name__}`" for name in VARIANTS)
     tail = REFUSED.format(variants=variants, refused="\n".join(refused))
     return "\n".join((HEAD, rows(checked()) + CLAIMS, rows(described()) + tail))

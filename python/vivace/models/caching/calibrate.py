@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from vivace.engine.calibrate.table import CalibrationTable
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors.eager import EagerExecutor
 from vivace.engine.plan import Plan, Variant
+from vivace.engine.planners.noise import EIGHT_BITS
+from vivace.engine.precision import named
 from vivace.engine.request import Request, State
 from vivace.engine.session import Session
 from vivace.errors import ArgumentError, UnsupportedError
@@ -26,7 +29,8 @@ from vivace.models.caching.curves import Curves
 from vivace.models.caching.effects import Slopes, effects_of
 from vivace.models.caching.tape import Place, Tape, places_of, record, slope
 from vivace.models.quantized.calibrate import default_prompts
-from vivace.models.quantized.reach import denoiser_of
+from vivace.models.quantized.given import advised
+from vivace.models.quantized.reach import denoiser_of, in_8_bits
 
 KIND = "cache"
 PICTURES, PROBES = 8, 8
@@ -49,7 +53,10 @@ def calibrate_cache(
 ) -> CalibrationTable:
     """A table of kind "cache": error curves, magnitudes, TeaCache's fit, and effects on the final latent.
 
-    The runs compute everything, so give the plan that caches will be written into: its solver, steps and guidance.
+    The runs compute everything, so give the plan that caches will be written into: its solver, steps and guidance. They
+    are of the model's own precision; of a model that was loaded with quantized weights every evaluation is also
+    computed in 8 bits, from the same latent, and what that adds to the sites is measured: in the rows and blocks of the
+    plan's precisions, or where it states none as the weights advise.
 
     Args:
         pipe: from `vivace.load`, best in float32.
@@ -60,18 +67,15 @@ def calibrate_cache(
         progress: called with (what, done, in all).
     Raises: ArgumentError, PlanError, PromptError, UnsupportedError.
     """
-    for name, value in (("pictures", pictures), ("probes", probes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"calibrate: {name} is {value!r}; a positive integer is needed")
-    if any(rule.action is not None for variant in plan.variants for rule in variant.rules):
-        raise ArgumentError("calibrate: the plan has caches already; give the plan without them")
-    if any(step.guard is not None for step in plan.steps):
-        raise ArgumentError("calibrate: the plan has guards; give the plan without them")
+    _check(plan, pictures, probes)
     denoiser = denoiser_of(pipe)
     asked = default_prompts(pipe, pictures, seed) if prompts is None else list(prompts)
     if not asked:
         raise ArgumentError("calibrate: the list of prompts is empty; give one prompt or more")
     run = _Runs(denoiser, full_precision(plan), asked, seed, probes if effects else 0, pictures, progress)
+    weights = pipe.quantized
+    if weights is not None:
+        run.measure_noise(in_8_bits(denoiser, weights), advised(plan, weights))
     measured = [run.chunk(range(i, min(i + AT_ONCE, pictures))) for i in range(0, pictures, AT_ONCE)]
     arrays: dict[str, Any] = run.curves.arrays()
     for name in measured[0]:
@@ -91,9 +95,21 @@ def calibrate_cache(
         "seed": seed,
         "pictures": pictures,
         "probes": probes if effects else 0,
+        "quantized": None if weights is None else {"format": weights.format, "digest": weights.digest},
         "versions": {"vivace": __version__, "torch": str(torch.__version__), "numpy": np.__version__},
     }
     return CalibrationTable(KIND, denoiser.spec.fingerprint, arrays, json.loads(json.dumps(metadata, allow_nan=False)))
+
+
+def _check(plan: Plan, pictures: int, probes: int) -> None:
+    """Raise ArgumentError for counts that are none, and a plan that saves work already."""
+    for name, value in (("pictures", pictures), ("probes", probes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"calibrate: {name} is {value!r}; a positive integer is needed")
+    if any(rule.action is not None for variant in plan.variants for rule in variant.rules):
+        raise ArgumentError("calibrate: the plan has caches already; give the plan without them")
+    if any(step.guard is not None for step in plan.steps):
+        raise ArgumentError("calibrate: the plan has guards; give the plan without them")
 
 
 class _Runs:
@@ -115,6 +131,7 @@ class _Runs:
             raise UnsupportedError(f"calibrate: {denoiser.spec.name!r} has no site that caches can keep")
         watched: Any = _Watched(denoiser, self._see)
         shape = denoiser.spec.latent_shape if plan.binding is None else plan.binding.latent_shape
+        self.shape = shape
         self.session = Session(
             watched,
             [plan],
@@ -128,7 +145,13 @@ class _Runs:
         count = self.plan.nfe
         self.curves = Curves(count, max(1, min(LAGS, count - 1)))
         self.done, self.total = 0, count * -(-pictures // AT_ONCE) * (2 if probes else 1)
+        self.low: tuple[Denoiser, list[Variant]] | None = None  # what runs in 8 bits, and how each evaluation does
         self._start()
+
+    def measure_noise(self, low: Denoiser, plan: Plan) -> None:
+        """Also compute every evaluation as `plan` says that it runs in 8 bits, with `low`."""
+        bound = plan if plan.binding is not None else plan.bind(self.denoiser.spec, self.shape)
+        self.low = low, [variant for _, _, variant in evaluations_of(bound)]
 
     def _start(self) -> None:
         self.tapes: list[Tape] = []  # of all evaluations; values are kept of the newest only
@@ -178,12 +201,21 @@ class _Runs:
             trunk = next((group for group in self.groups if group[0][0] == "residual"), ())
             self.curves.trunk(number, alike[-1] if alike else None, tape, trunk)
             self.curves.inputs(self.denoiser, number, tape)
+            self._see_noise(number, tape)
             self.slopes.append({name_of(group): self._slopes(tape, alike, group) for group in self.groups})
             self.tapes.append(Tape(tape.x, tape.timesteps, tape.conditions, variant, tape.outs, {}))
             most = max(1, min(AGES, MOST_BYTES // max(1, tape.nbytes)))
             self.held = [*self.held, tape][-most:]
         self._tell()
         return tape
+
+    def _see_noise(self, number: int, tape: Tape) -> None:
+        """The same evaluation in 8 bits, where it runs in them."""
+        if self.low is None or not named(self.low[1][number]) & set(EIGHT_BITS):
+            return
+        variant = replace(tape.variant, rules=self.low[1][number].rules)
+        given = tape.x, tape.timesteps, tape.conditions, variant
+        self.curves.noise(number, tape, record(self.low[0], *given, self.groups), self.groups)
 
     def _slopes(self, tape: Tape, past: Sequence[Tape | None], group: tuple[Place, ...]) -> Slopes:
         """By age, until one of another kind."""

@@ -4,7 +4,10 @@ Means are over blocks, branches and pictures; evaluation i is the one that compu
 
     error(i, k)       |F_i - F_{i+k}|_1 / |F_i|_1
     forecast(i, o, k) |P_o(i + k) - F_{i+k}|^2 / |F_{i+k}|^2, P_o through F_i, F_{i-N}, ... with N = k + 1
+    change(i, a, b)   <F_{i-a} - F_i, F_{i-b} - F_i> / |F_i|^2: sum_ab w_a w_b change(i, a, b) is the squared relative
+                      error at i of any forecast with weights w on values of ages a, which add up to 1
     magnitude(i)      mean over tokens of |R_i| / |R_{i-1}|, R: the trunk's residual
+    noise(i)          |G_i - F_i|^2 / |F_i|^2, G_i: of the same evaluation, of the same latent, computed in 8 bits
 
 Source: Liu et al. 2024 (SmoothCache), section 3; Ma et al. 2025 (MagCache), eq. 6; Liu et al. 2024 (TeaCache), eq. 7.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ from vivace.engine.forecast import forecast_weights
 from vivace.models.caching.tape import TRUNK, Place, Tape
 
 ORDERS = 3  # of forecasts measured: 0, 1, 2
+CHANGES = 16  # oldest values whose changes are measured
 DEGREE = 4  # of TeaCache's polynomial
 METRIC = "modulated_input"
 
@@ -56,6 +61,7 @@ class Curves:
                 for branch in now.variant.branches:
                     past = [None if tape is None else tape.values(places, place, branch) for tape in tapes]
                     self._errors(place[0], past, count)
+                    self._changes(place[0], past, count)
 
     def _errors(self, site: str, values: Sequence[Tensor | None], last: int) -> None:
         shape = self.evaluations, self.lags
@@ -77,6 +83,30 @@ class Curves:
                 guess = sum(w * value for w, value in zip(weights, read, strict=True) if value is not None)
                 off = (torch.as_tensor(guess) - now).square().sum(1) / size
                 self.add(f"forecast/{site}", (last - lag, order, lag - 1), (shape[0], ORDERS, shape[1]), off)
+
+    def _changes(self, site: str, values: Sequence[Tensor | None], last: int) -> None:
+        now, name = values[-1], f"change/{site}"
+        assert now is not None
+        known = list(takewhile(lambda value: value is not None, reversed(values[:-1])))[:CHANGES]
+        if name not in self.sums:
+            most = max(1, min(CHANGES, self.evaluations - 1))
+            self.sums[name], self.counts[name] = (np.zeros((self.evaluations, most, most)) for _ in range(2))
+        if known:
+            apart = torch.stack([then - now for then in known if then is not None], 1)  # [n, ages, elements]
+            products = apart @ apart.mT / now.square().sum(1).clamp_min(1e-30)[:, None, None]
+            at = last, slice(len(known)), slice(len(known))
+            self.sums[name][at] += products.double().sum(0).numpy()
+            self.counts[name][at] += len(now)
+
+    def noise(self, number: int, plain: Tape, low: Tape, groups: Sequence[tuple[Place, ...]]) -> None:
+        """What 8 bits add to an evaluation: `low` is `plain` computed in them."""
+        for places in groups:
+            for place in places:
+                for branch in plain.variant.branches:
+                    own = plain.values(places, place, branch)
+                    off = (low.values(places, place, branch) - own).square().sum(1)
+                    added = off / own.square().sum(1).clamp_min(1e-30)
+                    self.add(f"noise_variance/{place[0]}", (number,), (self.evaluations,), added)
 
     def trunk(self, number: int, before: Tape | None, now: Tape, places: tuple[Place, ...]) -> None:
         """Magnitudes of the trunk's residual."""

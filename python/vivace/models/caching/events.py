@@ -17,16 +17,18 @@ from vivace.errors import UnsupportedError
 if TYPE_CHECKING:
     from vivace.engine.kept import Turn
 
-SITES = frozenset({"attn", "mlp", "residual", "block"})
+SITES = frozenset({"attn", "mlp", "residual", "block", "kv"})
+LISTENS = "received"  # what attention tokens received: rows that tell are run eagerly, with other sites besides
 HALVES = ("attn", "mlp")  # sites of half a block
-OPEN, KEEP, APPLY = "open", "keep", "apply"
+OPEN, KEEP, APPLY, KEYS = "open", "keep", "apply", "keys"
 
 
 class Event(NamedTuple):
     """What happens to the hidden states when `at` halves are done.
 
     action: OPEN remembers them for a range of site "residual" that begins here; KEEP keeps what the half or range that
-    ends here gave; APPLY puts kept values in the place of halves [at, until). turn: whose, by position in the row.
+    ends here gave; APPLY puts kept values in the place of halves [at, until); KEYS: keys and values of the attention
+    that begins here are kept, and in a token row it reads kept ones. turn: whose, by position in the row.
     """
 
     at: int
@@ -48,13 +50,19 @@ class Event(NamedTuple):
 
 @lru_cache(4096)
 def events_of(uses: tuple[Use, ...]) -> tuple[Event, ...]:
-    """The events of a row in order. Raises UnsupportedError for sites that such blocks have not."""
+    """The events of a row in order. Raises UnsupportedError for sites that such blocks have not.
+
+    An attention that does not run has no keys and values: what was kept of them stays.
+    """
     found = []
     for turn, use in enumerate(uses):
         if use.site not in SITES:
             raise UnsupportedError(f"site {use.site!r}: blocks of attention and MLP keep {', '.join(sorted(SITES))}")
         first, last = use.blocks
         begin, end = 2 * first, 2 * last
+        if use.site == "kv":
+            found.append((begin, 4, Event(begin, begin, KEYS, use.site, turn)))
+            continue
         if use.site in HALVES:
             begin += HALVES.index(use.site)
             end = begin + 1
@@ -64,7 +72,12 @@ def events_of(uses: tuple[Use, ...]) -> tuple[Event, ...]:
         if use.site == "residual":
             found.append((begin, 2, Event(begin, begin, OPEN, use.site, turn)))
         found.append((end, 0 if use.site in HALVES else 1, Event(end, end, KEEP, use.site, turn)))
-    return tuple(event for _, _, event in sorted(found))
+    applied = [range(event.at, event.until) for _, _, event in found if event.action == APPLY]
+    return tuple(
+        event
+        for _, _, event in sorted(found)
+        if event.action != KEYS or not any(event.at in halves for halves in applied)
+    )
 
 
 def uses_of(turns: Sequence[Turn]) -> tuple[Use, ...]:

@@ -28,12 +28,17 @@ class Aside:
     def __init__(self, parts: Mapping[int, Tensor] | None = None) -> None:
         self.parts = dict(parts or {})
 
-    def keep(self, part: int, fresh: Tensor, base: Tensor | None = None) -> None:
+    def keep(self, part: int, fresh: Tensor, base: Tensor | None = None, text: bool = False) -> None:
         """Hold `fresh`."""
         self.parts[part] = fresh
 
     def give(
-        self, part: int, like: Tensor, shape: tuple[int, ...] | None = None, hidden: Tensor | None = None
+        self,
+        part: int,
+        like: Tensor,
+        shape: tuple[int, ...] | None = None,
+        hidden: Tensor | None = None,
+        text: bool = False,
     ) -> Tensor:
         """What is held."""
         return self.parts[part]

@@ -12,7 +12,7 @@ from vivace.engine.compiled import Bucket
 from vivace.models.compiled.kept_rows import NOTHING, KeptMemories, KeptRows
 from vivace.models.compiled.packed import PackedDit
 from vivace.models.compiled.parts import Part
-from vivace.models.compiled.precisions import SITES, Kinds, plain
+from vivace.models.compiled.precisions import SITES, Kinds, dtype_in, plain
 from vivace.models.compiled.scales import scale_table
 from vivace.models.dit import DiT
 from vivace.models.quantized.weights import QuantizedWeights
@@ -57,22 +57,25 @@ class CppRow:
         self._scales = scale_table(quantized, kinds or plain(model))
         self.memory = memory or Memory()
         self._sizes = (1, 1, 1)  # rows, samples, tokens the arena has room for
+        self._some = False  # also for rows of some of the tokens
         self._threads = 1
-        self._kept = KeptMemories()
+        dtypes = [dtype_in(attention, model.dtype) for attention, _ in kinds or plain(model)]
+        self._kept = KeptMemories([torch.empty(0, dtype=dtype) for dtype in dtypes])
         self._positions = lru_cache(KEPT)(self._table)
         self._out = lru_cache(KEPT)(partial(torch.empty, dtype=torch.float32))
 
-    def reserve(self, branches: int, bucket: Bucket) -> None:
-        """Make the arena large enough for that many branches of a bucket."""
+    def reserve(self, branches: int, bucket: Bucket, some: bool = False) -> None:
+        """Make the arena large enough for that many branches of a bucket; some: of token rows, too."""
         rows, samples, tokens = self._sizes
         wanted = branches * bucket.samples
         self._sizes = max(rows, wanted), max(samples, bucket.samples), max(tokens, bucket.tokens)
+        self._some = self._some or some
         self._grow(torch.get_num_threads())
 
     def _grow(self, threads: int) -> None:
         """Room for all that was reserved, on that many threads."""
         self._threads = max(self._threads, threads)
-        self.memory.grow(self.weights.runner.arena_bytes(*self._sizes, self._threads))
+        self.memory.grow(self.weights.runner.arena_bytes(*self._sizes, self._threads, self._some))
 
     def run(
         self,
@@ -91,8 +94,9 @@ class CppRow:
         x: [lanes, C, H, W], float32 or bfloat16; tables: of each sample the modulation [S, B, 6L + 2, D] float32;
         picks: of each sample the (row, branch) of its table for every branch of the network; groups: of each sample the
         timestep group of its activation scales, None where all go by token; part: what the branches keep and give
-        again, None: nothing; clock: leave the nanoseconds of each of CLOCKED in `clocked`; check: leave in `fault` the
-        first linear whose input held NaN or infinity, None if none.
+        again, and of which tokens (of others no pixel is written), None: nothing and all; clock: leave the nanoseconds
+        of each of CLOCKED in `clocked`; check: leave in `fault` the first linear whose input held NaN or infinity, None
+        if none.
         """
         out = self._out((len(picks[0]), len(lanes), *x.shape[1:]))
         kept = NOTHING if part is None else self._kept.of(part, len(lanes), self._hidden(x))
@@ -135,8 +139,9 @@ class CppRow:
         clock: bool = False,
         check: bool = False,
     ) -> None:
-        threads = torch.get_num_threads()
-        if threads > self._threads:
+        threads, some = torch.get_num_threads(), kept.some[1] > 0
+        if threads > self._threads or some > self._some:
+            self._some = some or self._some
             self._grow(threads)
         size, branches = (x.shape[2], x.shape[3]), len(picks[0])
         modulations = [
@@ -160,6 +165,7 @@ class CppRow:
             check=check,
             uses=kept.uses,
             weights=kept.weights,
+            some=kept.some,
             first=kept.first,
             start=kept.start,
             look=look,

@@ -201,7 +201,8 @@ class FusedNetwork:
     def run(self, call: Evaluation) -> tuple[Tensor, ...]:
         """One prediction [n, ...] per branch."""
         x = call.x[list(call.lanes)]
-        return self.denoiser.evaluate(x, call.timesteps, call.conditions, self.variant, call.turns, call.resume)
+        args = x, call.timesteps, call.conditions, self.variant, call.turns, call.resume, call.focus
+        return self.denoiser.evaluate(*args, call.merging)
 
     def look(self, call: Evaluation, metric: str, params: Sequence[float]) -> Seen:
         """The first blocks alone, as far as a guard's metric needs them."""

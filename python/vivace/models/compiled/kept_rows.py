@@ -13,20 +13,26 @@ from weakref import WeakKeyDictionary
 import torch
 
 from vivace import _C
-from vivace.engine.kept import DTYPES, Kept, Slab
-from vivace.models.caching.events import APPLY, OPEN, events_of, uses_of
+from vivace.engine.kept import Kept, Slab, Turn
+from vivace.models.caching.events import APPLY, KEYS, OPEN, events_of, uses_of
 from vivace.models.compiled.parts import Part
+from vivace.models.tokens.native import check_row
 
+Likes = Sequence[torch.Tensor]  # of each block what the heads of its attention are like
 LIKE = torch.empty(0)  # what is kept where a store is not said: float32
 
 
 class KeptRows(NamedTuple):
-    """What `_C.Dit.run` takes beside a plain row: uses, their weights; the block to begin at, and its states by row."""
+    """What `_C.Dit.run` takes beside a plain row: uses, their weights; the block to begin at, and its states by row.
+
+    some: address of the ids of a token row and how many a sample has.
+    """
 
     uses: _C.DitUses | None = None
     weights: Sequence[float] = ()
     first: int = 0
     start: Sequence[int] = ()
+    some: tuple[int, int] = (0, 0)
 
 
 NOTHING = KeptRows()
@@ -41,23 +47,25 @@ class _Found(NamedTuple):
 
 
 class KeptMemories:
-    """What parts of calls come to in addresses, as long as a request lives."""
+    """What parts of calls come to in addresses, as long as a request lives. heads: of each block its attention's."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: Likes = ()) -> None:
+        self.heads = heads
         self._found: WeakKeyDictionary[Kept, dict[Hashable, _Found]] = WeakKeyDictionary()  # by the first sample's
         self._numbers: WeakKeyDictionary[Kept, int] = WeakKeyDictionary()
         self._next = count()
 
     def of(self, part: Part, samples: int, shape: tuple[int, int]) -> KeptRows:
         """A part in addresses; shape: of one sample's hidden states."""
-        if not part.turns and part.states is None:
+        if not part.turns and part.states is None and part.focus is None:
             return NOTHING
+        some = (0, 0) if part.focus is None else (part.focus.ids.data_ptr(), part.focus.count)
         rows, start = samples * len(part.branches), []
         if part.states is not None:
             step = part.states.stride(1) * part.states.itemsize
             start = [part.states.data_ptr() + row * step for row in range(rows)]
         if not part.turns:
-            return KeptRows(None, (), part.block, start)
+            return KeptRows(None, (), part.block, start, some)
         found = self._memory(part, rows, shape)
         weights = [
             weight
@@ -66,17 +74,17 @@ class KeptMemories:
             for sample in part.turns[turn].samples
             for weight in sample.weights
         ]
-        return KeptRows(found.uses, weights, part.block, start)
+        return KeptRows(found.uses, weights, part.block, start, some)
 
     def _memory(self, part: Part, rows: int, shape: tuple[int, int]) -> _Found:
         """The memory of a part, looked up anew where it is of other samples or where a slab has moved."""
         samples = part.turns[0].samples  # those of every turn
         known = self._found.setdefault(samples[0].kept, {})
         whose = tuple([(self._number(sample.kept), sample.picture) for sample in samples])
-        key = part.branches, shape, whose, uses_of(part.turns)
+        key = part.branches, shape, whose, uses_of(part.turns), part.focus is None
         found = known.get(key)
         if found is None or any(slab.values.data_ptr() != place for slab, place in found.slabs):
-            found = known[key] = _memory(part, rows, shape)
+            found = known[key] = _memory(part, rows, shape, self.heads)
         return found
 
     def _number(self, kept: Kept) -> int:
@@ -87,18 +95,19 @@ class KeptMemories:
         return number
 
 
-def _memory(part: Part, rows: int, shape: tuple[int, int]) -> _Found:
+def _memory(part: Part, rows: int, shape: tuple[int, int], heads: Likes) -> _Found:
     uses = uses_of(part.turns)
     events, told = events_of(uses), []
-    taken = [[turn.places(branch, shape, like=LIKE) for branch in part.branches] for turn in part.turns]
+    taken = [_places(part, turn, shape, heads) for turn in part.turns]
     found = [_addresses(places) for places in taken]  # once all lanes are taken: a slab that grows moves
     nothing = [0] * rows
     values: list[int] = []
     scales: list[int] = []
     for event in events:
         use = uses[event.turn]
-        store = str(torch.float32 if use.store is None else DTYPES[use.store]).removeprefix("torch.")
-        told.append((event.action, event.site, event.at, event.until, use.made, use.terms, store))
+        terms = 0 if event.action == KEYS else use.terms
+        store = str(taken[event.turn][0][0].dtype).removeprefix("torch.")
+        told.append((event.action, event.site, event.at, event.until, use.made, terms, store))
         own = (nothing, nothing) if event.action == OPEN else found[event.turn]
         values += own[0]
         scales += own[1] or nothing
@@ -106,6 +115,15 @@ def _memory(part: Part, rows: int, shape: tuple[int, int]) -> _Found:
     reads = tuple(event.turn for event in events if event.action == APPLY)
     kept = _C.DitUses(told, values, scales, rows)
     return _Found(kept, reads, tuple((slab, slab.values.data_ptr()) for slab in slabs))
+
+
+def _places(part: Part, turn: Turn, shape: tuple[int, int], heads: Likes) -> list[tuple[Slab, Sequence[int]]]:
+    """The slab and the lanes of a turn, branch by branch."""
+    like = LIKE
+    if turn.use.site == "kv":
+        check_row(turn, part.focus)
+        like, shape = heads[turn.use.blocks[0]], (shape[0], 2 * shape[1])
+    return [turn.places(branch, shape, like=like) for branch in part.branches]
 
 
 def _addresses(places: Sequence[tuple[Slab, Sequence[int]]]) -> tuple[list[int], list[int]]:

@@ -21,6 +21,7 @@ from vivace.engine.kept import Seen, split
 from vivace.engine.machine import machine
 from vivace.engine.plan import Variant
 from vivace.engine.precision import BlockPrecision
+from vivace.engine.token_rows import focused
 from vivace.errors import StateError, UnsupportedError
 from vivace.kernels import store
 from vivace.kernels.spec import CPU, missing
@@ -94,14 +95,16 @@ class NativeCompiler:
         return honoured(self.quantized)
 
     def why_not(self, variant: Variant) -> str | None:
-        """Whatever needs more than whole forwards was refused before; what is left are precisions."""
+        """Whatever needs more than whole forwards was refused before; what is left are merges and precisions."""
+        if any(rule.site == "merge" for rule in variant.rules):
+            return "its rows merge no tokens"
         return why_not(self.model, variant, self.quantized)
 
     def compile(self, variant: Variant, bucket: Bucket, shape: Sequence[int]) -> NativeNetwork:
         kinds = kinds_of(self.model, variant)
         way = self._way(kinds, bucket.tokens, shape)
         row = self.row(way, kinds)
-        row.reserve(len(variant.branches), bucket)
+        row.reserve(len(variant.branches), bucket, focused(variant))
         return NativeNetwork(self, variant, row, f"{way}, {told(kinds, DTYPES[self.model.dtype])}")
 
     def hoist(self, timesteps: Sequence[float], branches: Sequence[str], condition: Any) -> Hoisted:
@@ -177,7 +180,7 @@ class NativeNetwork:
         made: dict[str, Tensor] = {}
         for names, turns in parts:
             start = (None, 0) if seen is None else (states_of(seen, names).contiguous(), seen.block)
-            outs = self._part(call, Part(names, turns, *start))
+            outs = self._part(call, Part(names, turns, *start, call.focus))
             if len(parts) == 1:
                 return outs
             made.update((name, out.clone()) for name, out in zip(names, outs, strict=True))

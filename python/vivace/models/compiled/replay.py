@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,13 @@ from torch import Tensor
 from vivace.engine.compiled import Evaluation, Hoisted
 from vivace.engine.denoiser import Piece, samples_of
 from vivace.engine.plan import Variant
+from vivace.engine.tokens import Focus
+from vivace.models.caching.events import SITES
+from vivace.models.caching.laid_out import LaidOut, Layouts
+from vivace.models.caching.planes import Place
 from vivace.models.compiled.hoist import modulation_table
 from vivace.models.compiled.linears import Linears
+from vivace.models.compiled.parts import Part
 from vivace.models.compiled.precisions import Kinds, kinds_of, plain, why_not
 from vivace.models.compiled.scales import scale_table
 from vivace.models.compiled.sequence import DitSequence
@@ -22,6 +28,7 @@ from vivace.models.quantized.weights import QuantizedWeights
 from vivace.models.versions import held
 
 Grid = tuple[int, int]
+Bind = Callable[[Mapping[str, Tensor]], list[dict[int, Place]]]
 
 
 class DitReplay:
@@ -48,6 +55,7 @@ class DitReplay:
         self._scales: dict[Kinds, Tensor | None] = {}
         self.sequence = self._sequence(plain(model))
         self._positions: dict[Grid, Tensor] = {}
+        self._layouts = Layouts()
 
     def _sequence(self, kinds: Kinds) -> DitSequence:
         """The sequence in these precisions, made when first needed."""
@@ -58,7 +66,7 @@ class DitReplay:
                 self._scales[kinds] = None if table is None else table.flatten(1).to(self.model.device)
         return self._sequences[kinds]
 
-    sites: frozenset[str] = frozenset()  # graphs name memory by address: rows that keep or reuse run outside of them
+    sites: frozenset[str] = SITES
     metrics: frozenset[str] = frozenset()
 
     @property
@@ -90,7 +98,10 @@ class DitReplay:
         return told if self.quantized is None else told | {self.quantized.format: self.quantized.nbytes}
 
     def stage(self, call: Evaluation, variant: Variant, bucket: Callable[[int], int] = int) -> tuple[Piece]:
-        """The piece of an evaluation, filled up to its bucket by repeating the last sample."""
+        """The piece of an evaluation, filled up to its bucket by repeating the last sample.
+
+        Its turns are those of all its branches.
+        """
         count, branches = len(call.lanes), len(variant.branches)
         size = bucket(count)
         samples = [*range(count), *[count - 1] * (size - count)]
@@ -105,9 +116,38 @@ class DitReplay:
             groups = [self.quantized.group_of(time) for time in call.timesteps]
             inputs["x_scales"] = tuple(table[groups[n]][None] for _ in range(branches) for n in samples)
         shape = tuple(call.x.shape[1:])
-        places = (b * count + i if i < count else -1 for b in range(branches) for i in range(size))
-        key = ("dit", kinds, branches, size, shape, call.x.dtype)
-        return (Piece(key, inputs, self._forward(sequence, branches, size, shape), tuple(places)),)
+        places = tuple(b * count + i if i < count else -1 for b in range(branches) for i in range(size))
+        key, focus, laid = ("dit", kinds, branches, size, shape, call.x.dtype), call.focus, None
+        if focus is not None:
+            key, inputs["ids"] = (*key, focus.tokens, focus.count), samples_of(focus.ids, samples)
+        if call.turns:
+            laid = self._laid_out(call, variant, samples, places, sequence)
+        tokens = None if focus is None else (focus.tokens, focus.count)
+        piece = Piece(key, inputs, self._forward(sequence, branches, size, shape, laid and laid.bind, tokens), places)
+        if laid is None:
+            return (piece,)
+        inputs |= laid.inputs
+        return (replace(piece, key=(*key, laid.key), inputs=inputs, idle=laid.idle, stands=laid.stands),)
+
+    def _laid_out(
+        self,
+        call: Evaluation,
+        variant: Variant,
+        samples: Sequence[int],
+        places: Sequence[int],
+        sequence: DitSequence,
+    ) -> LaidOut:
+        """The turns of an evaluation for the rows of its piece; a DiT's cells have one part, with all tokens."""
+        patch, (height, width), uses = self.model.config.patch, call.x.shape[2:], [turn.use for turn in call.turns]
+        tokens, wide = height // patch * (width // patch), self.model.config.width
+        keys = [use.site == "kv" for use in uses]
+        likes = [
+            call.x.new_empty(0, dtype=sequence.key_dtype(use.blocks[0])) if of_keys else call.x[:0]
+            for use, of_keys in zip(uses, keys, strict=True)
+        ]
+        shapes = [{0: (tokens, 2 * wide if of_keys else wide)} for of_keys in keys]
+        rows = [(branch, n) for branch in variant.branches for n in samples]
+        return self._layouts.of(call.turns, rows, [place < 0 for place in places], shapes, likes)
 
     def _modulation(self, call: Evaluation, n: int, branches: tuple[str, ...]) -> list[Tensor]:
         """The modulation [1, 6L + 2, D] of sample n for each branch: rows of its table, or of one made now."""
@@ -120,18 +160,30 @@ class DitReplay:
         return [table[row, at : at + 1] for at in places]
 
     def _forward(
-        self, sequence: DitSequence, branches: int, size: int, shape: tuple[int, ...]
+        self,
+        sequence: DitSequence,
+        branches: int,
+        size: int,
+        shape: tuple[int, ...],
+        bind: Bind | None,
+        tokens: tuple[int, int] | None,
     ) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        """The sequence over memory that belongs to this forward and to others of its size."""
+        """The sequence over memory that belongs to this forward and to others of its size.
+
+        bind: of what is laid out; tokens: of a token row, all and those that it computes.
+        """
         patch, sign = self.model.config.patch, self.sign
         grid = (shape[1] // patch, shape[2] // patch)
-        positions, arena = self._table(grid), sequence.arena(branches * size, grid[0] * grid[1])
+        count = grid[0] * grid[1] if tokens is None else tokens[1]
+        positions, arena = self._table(grid), sequence.arena(branches * size, count)
 
         def forward(tensors: Mapping[str, Tensor]) -> Tensor:
-            given = tensors.get("x_scales")
-            sequence.run(tensors["x"], tensors["modulation"], positions, branches, arena, given)
-            out = arena.out if sign == 1.0 else arena.out.mul_(sign)
-            return out.view(branches * size, *shape)
+            turns = () if bind is None else tuple([parts[0] for parts in bind(tensors)])
+            focus = None if tokens is None else Focus(tensors["ids"], tokens[0])
+            part, scales = Part(("",) * branches, turns, focus=focus), tensors.get("x_scales")
+            outs = sequence.run(tensors["x"], tensors["modulation"], positions, branches, arena, scales, part=part)
+            out = arena.out if focus is None else torch.cat(outs)
+            return (out if sign == 1.0 else out.mul_(sign)).view(branches * size, *shape)
 
         return forward
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from vivace.kernels.adaln_modulate import adaln_modulate
 from vivace.kernels.adaln_modulate import reference as plain_adaln
 from vivace.kernels.gated_residual import gated_residual
+from vivace.kernels.gated_residual import reference as plain_gated
 from vivace.kernels.norm_modulate import norm_modulate
 from vivace.kernels.norm_modulate import reference as plain_norm
 from vivace.models.compiled.linears import (
@@ -32,6 +33,7 @@ from vivace.models.compiled.linears import (
 )
 from vivace.models.compiled.parts import Part
 from vivace.models.compiled.precisions import SITES, Kinds, dtype_in, layer_in, plain
+from vivace.models.compiled.sequence_tokens import Keys, picked, planes_of
 from vivace.models.compiled.sequence_walk import Walk
 from vivace.models.dit import NORM_EPS, DiT
 from vivace.models.dit_config import DiTConfig
@@ -180,6 +182,7 @@ class DitSequence:
         exact = self._hidden == torch.float16  # which the fused ops do not take: their definitions
         self._norm: Callable[..., Any] = plain_norm.norm_modulate if exact else norm_modulate
         self._adaln: Callable[..., Any] = plain_adaln.adaln_modulate if exact else adaln_modulate
+        self._gated: Callable[..., Any] = plain_gated.gated_residual if exact else gated_residual
 
     def _block(
         self, model: DiT, index: int, kind: tuple[str | None, str | None], quantized: QuantizedWeights | None
@@ -207,6 +210,10 @@ class DitSequence:
                 arena = self._arenas[rows, tokens] = self._made(rows, tokens)
         return arena
 
+    def key_dtype(self, block: int) -> torch.dtype:
+        """What the keys and values of a block are made in."""
+        return self._blocks[block].qkv.dtype
+
     def _made(self, rows: int, tokens: int) -> Arena:
         return Arena.of(self.config, rows, tokens, self._like, self._hidden, self._widest)
 
@@ -227,41 +234,52 @@ class DitSequence:
             x: [n, C, H, W] in the model's dtype, H and W multiples of the patch.
             modulation: [R, 6L + 2, D] float32, R = branches * n, branch-major, as in `hoist.modulation_table`.
             positions: [N, D] in the model's dtype.
-            arena: of (R, N); None is one that nobody else uses.
+            arena: of (R, N), of a token row (R, M); None is one that nobody else uses.
             x_scales: float32 [R, 4L], scales of quantized inputs, 0 where tokens have their own; None: everywhere.
             look: called with the name of every linear of a block or the head, and its input [R, N, K], or the scales
                 [R, N] of one that is quantized.
-            part: what the branches keep and give again; None: nothing.
-        Returns: B tensors [n, C, H, W] in the arena, which its next evaluation overwrites.
+            part: what the branches keep and give again, and of which tokens; None: nothing, and all.
+        Returns: B tensors [n, C, H, W] in the arena, which its next evaluation overwrites. Of a token row pixels of
+            other tokens are 0.
         """
         patch, channels = self.config.patch, self.config.channels
         n, _, height, width = x.shape
         down, across = height // patch, width // patch
-        arena = arena or self._made(branches * n, down * across)
-        run, part = Run(arena, x_scales, look, modulation.unbind(1)), part or Part(("",) * branches)
+        part = part or Part(("",) * branches)
+        ids = None if part.focus is None else part.focus.ids
+        arena = arena or self._made(branches * n, down * across if ids is None else ids.shape[1])
+        run = Run(arena, x_scales, look, modulation.unbind(1))
         if part.states is None:
-            self._embed(arena, x, positions, branches)
+            self._embed(arena, x, positions, branches, ids)
         else:
             arena.hidden.tokens.copy_(part.states.flatten(0, 1))
         normed = Walk(self, run, part, 2 * len(self._blocks)).input_of_head()
         if look is not None:
             look("final", normed.tokens)
         pixels = self._final(normed, arena.pixels).tokens
+        if ids is not None:
+            some = pixels.view(*pixels.shape[:2], patch, patch, self.config.out_channels)[..., :channels]
+            return planes_of(some, ids, (channels, height, width)).chunk(branches)
         pixels = pixels.view(-1, down, across, patch, patch, self.config.out_channels)[..., :channels]
         out = arena.out.view(-1, channels, down, patch, across, patch)
         out.copy_(pixels.permute(0, 5, 1, 3, 2, 4))
         return out.view(-1, channels, height, width).chunk(branches)
 
-    def _embed(self, arena: Arena, x: Tensor, positions: Tensor, branches: int) -> None:
+    def _embed(self, arena: Arena, x: Tensor, positions: Tensor, branches: int, ids: Tensor | None = None) -> None:
         """hidden = patches of x to tokens, plus positions; the same for every branch."""
         n, channels, height, width = x.shape
         patch = self.config.patch
         down, across = height // patch, width // patch
-        count = n * down * across
+        each = down * across if ids is None else ids.shape[1]
+        count = n * each
         length = count + -count % ROWS
-        cells, embedded = (Rows.of(r.padded[:length], n, down * across) for r in (arena.cells, arena.embedded))
+        cells, embedded = (Rows.of(r.padded[:length], n, each) for r in (arena.cells, arena.embedded))
         pieces = x.view(n, channels, down, patch, across, patch).permute(0, 2, 4, 1, 3, 5)
-        cells.tokens.view(n, down, across, channels, patch, patch).copy_(pieces)
+        if ids is None:
+            cells.tokens.view(n, down, across, channels, patch, patch).copy_(pieces)
+        else:
+            cells.tokens.view(n, each, channels, patch, patch).copy_(picked(pieces, ids))
+            positions = positions[ids]
         tokens = self._patches(cells, embedded).tokens
         hidden = arena.hidden.tokens.view(branches, *tokens.shape)
         torch.add(tokens.expand_as(hidden), positions, out=hidden)
@@ -289,12 +307,12 @@ class DitSequence:
         Walk(self, run, Part(("",) * branches), 2 * blocks, ends=True)
         return hidden.float() - start, hidden.clone()
 
-    def inside(self, run: Run, half: int, x: Any) -> Any:
-        """Half a block from its norm to the input of its last linear."""
+    def inside(self, run: Run, half: int, x: Any, keys: Keys | None = None) -> Any:
+        """Half a block from its norm to the input of its last linear. keys: what an attention keeps and reads."""
         block = self._blocks[half // 2]
         if half % 2 == 0:
             arena = run.arena.at(block.qkv.dtype)
-            return self._attention(arena, self._product(run, block.qkv, x, arena.qkv))
+            return self._attention(arena, self._product(run, block.qkv, x, arena.qkv), keys)
         return self._product(run, block.up, x, run.arena.at(block.up.dtype).up, Then(self._eps[half // 2][1]))
 
     def _entry(self, half: int) -> tuple[_Linear, float]:
@@ -304,11 +322,14 @@ class DitSequence:
         block = self._blocks[half // 2]
         return (block.up, self._eps[half // 2][0]) if half % 2 else (block.qkv, NORM_EPS)
 
-    def _attention(self, arena: Arena, qkv: Rows) -> Rows:
+    def _attention(self, arena: Arena, qkv: Rows, keys: Keys | None) -> Rows:
         """softmax(q k^T / sqrt(K)) v of every head, back as rows."""
         rows, tokens, _ = qkv.tokens.shape
         heads = qkv.tokens.view(rows, tokens, 3, self.config.heads, self.config.head_dim)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        if keys is not None and (kept := keys.attended(qkv.tokens)) is not None:
+            shape = rows, kept.shape[1], 2, self.config.heads, self.config.head_dim
+            key, value = kept.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         if len(qkv.padded) == rows * tokens:  # nothing to fill up: torch lays the result out as rows
             return arena.mixed.like(mixed.reshape(rows * tokens, self.config.width))
@@ -355,7 +376,7 @@ class DitSequence:
             keeps(update)
         after, eps = self._entry(half + 1)
         if not more or after.eight is not None or after.dtype != hidden.tokens.dtype:
-            gated_residual(hidden.tokens, update, gate, out=hidden.tokens)
+            self._gated(hidden.tokens, update, gate, out=hidden.tokens)
             return self.normed(run, half + 1) if more else None
         normed, (shift, scale) = run.arena.at(after.dtype).normed, run.vectors[3 * half + 3 : 3 * half + 5]
         args = (hidden.tokens, update, gate, scale, shift)

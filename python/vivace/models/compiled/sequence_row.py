@@ -36,7 +36,7 @@ class SequenceRow:
         self._arena = lru_cache(KEPT)(self.sequence.arena)
         self._positions = lru_cache(KEPT)(self._table)
 
-    def reserve(self, branches: int, bucket: Bucket) -> None:
+    def reserve(self, branches: int, bucket: Bucket, some: bool = False) -> None:
         """Nothing: arenas fit one number of rows and tokens and are made when that is known."""
 
     def run(
@@ -52,7 +52,8 @@ class SequenceRow:
     ) -> tuple[Tensor, ...]:
         """Predictions [n, C, H, W] per branch, in the model's dtype; arguments as of `CppRow.run`."""
         self.fault, look = None, partial(self._look, len(lanes)) if check else None
-        return self.sequence.run(*self._call(x, lanes, tables, picks, groups), look, part)
+        some = None if part is None or part.focus is None else part.focus.count
+        return self.sequence.run(*self._call(x, lanes, tables, picks, groups, some), look, part)
 
     def look(
         self,
@@ -78,14 +79,15 @@ class SequenceRow:
         tables: Sequence[Tensor],
         picks: Picks,
         groups: Sequence[int] | None,
+        some: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, int, Arena, Tensor | None]:
-        """What `DitSequence` takes first."""
+        """What `DitSequence` takes first. some: how many tokens a token row computes."""
         patch, (height, width) = self.model.config.patch, x.shape[2:]
         grid, branches, n = (height // patch, width // patch), len(picks[0]), len(lanes)
         adjacent = list(lanes) == list(range(lanes[0], lanes[0] + n))
         samples = x[lanes[0] : lanes[0] + n] if adjacent else x[torch.tensor(lanes)]
         chosen = [table[pick[b]] for b in range(branches) for table, pick in zip(tables, picks, strict=True)]
-        arena = self._arena(branches * n, grid[0] * grid[1])
+        arena = self._arena(branches * n, some or grid[0] * grid[1])
         given = None
         if groups is not None and self._scales is not None:
             given = self._scales[list(groups) * branches].flatten(1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vivace.models.caching.events import APPLY, HALVES, OPEN, Event, events_of, uses_of, walk
+from vivace.models.caching.events import APPLY, HALVES, KEYS, OPEN, Event, events_of, uses_of, walk
 from vivace.models.caching.planes import given, keep
 from vivace.models.compiled.parts import Part
+from vivace.models.compiled.sequence_tokens import Keys
 
 if TYPE_CHECKING:
     from vivace.models.compiled.sequence import DitSequence, Run
@@ -25,6 +26,7 @@ class Walk:
         self.unread = {event.at for event in events if event.action == APPLY} | ({last} if ends else set())
         self.ready: tuple[int, Any] = (-1, None)  # a half, and what its first linear reads
         self.base = run.arena.hidden.tokens
+        self.keys: Keys | None = None  # of the attention that comes next
         walk(events, 2 * part.block, last, self._half, self._event)
 
     def input_of_head(self) -> Any:
@@ -35,8 +37,12 @@ class Walk:
         return self.ready[1] if self.ready[0] == half else self.sequence.normed(self.run, half)
 
     def _half(self, half: int, kept: Event | None) -> None:
-        x = self.sequence.inside(self.run, half, self._input(half))
-        keeps = None if kept is None else partial(keep, self.part.turns[kept.turn], self.part.branches)
+        part = self.part
+        if self.keys is None and part.focus is not None and half % 2 == 0:
+            raise RuntimeError(f"block {half // 2}: a token row attends, and no keys and values were kept")
+        x = self.sequence.inside(self.run, half, self._input(half), self.keys)
+        self.keys = None
+        keeps = None if kept is None else partial(keep, part.turns[kept.turn], part.branches, focus=part.focus)
         more = half + 1 not in self.unread
         self.ready = half + 1 if more else -1, self.sequence.update(self.run, half, x, keeps, more)
 
@@ -44,8 +50,11 @@ class Walk:
         hidden, turn = self.run.arena.hidden.tokens, self.part.turns[event.turn]
         if event.action == OPEN:
             self.base = hidden.clone()
+        elif event.action == KEYS:
+            self.keys = Keys(turn, self.part.branches, self.part.focus)
         elif event.action != APPLY:
-            keep(turn, self.part.branches, hidden, self.base if event.site == "residual" else None)
+            base = self.base if event.site == "residual" else None
+            keep(turn, self.part.branches, hidden, base, focus=self.part.focus)
         else:
             gate = self.run.vectors[3 * event.half + 2] if event.site in HALVES else None
-            given(turn, self.part.branches, hidden, gate, hidden)
+            given(turn, self.part.branches, hidden, gate, hidden, self.part.focus)

@@ -49,8 +49,8 @@ def accelerate(
 
     Args:
         pipeline: a `diffusers` pipeline object; changed by no more than its class and one entry of its `__dict__`.
-        plan: unbound or bound; without dropped tokens and per-row precision. None: what the pipeline's own scheduler
-            does, at every call anew. Caches of a plan live in the run of a call; a guard decides once a row for all its
+        plan: unbound or bound; without per-row precision. None: what the pipeline's own scheduler does, at every call
+            anew. Caches and tokens of a plan live in the run of a call; a guard decides once a row for all its
             pictures, and fires where it does for each.
         arithmetic: of the steps. "auto": the pipeline's scheduler where the plan is exactly what it does, else the
             fused step; "plan": the fused step always.

@@ -91,13 +91,20 @@ def _compute(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
+    hidden: Any = None,
+    options: Mapping[str, Any] | None = None,
     skips: tuple[Any, ...] | None = None,
     inside: Callable[[Any], Any] | None = None,
 ) -> BlockOut:
-    """The block as the model would run it; with other skips, or as the stand-in that `inside` makes of it."""
+    """The block as the model would run it; with other arguments, or as the stand-in that `inside` makes of it."""
+    changed = dict(options or {})
+    if hidden is not None:
+        changed[shape.hidden] = hidden
     if skips is not None:
         assert shape.skips is not None, "blocks that take skips are told others"
-        args, kwargs = (), {**_named(type(plain(block)), args, kwargs), shape.skips: skips}
+        changed[shape.skips] = skips
+    if changed:
+        args, kwargs = (), {**_named(type(plain(block)), args, kwargs), **changed}
     return _read(shape, (block if inside is None else inside(block))(*args, **kwargs))
 
 

@@ -18,6 +18,21 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0
 
 
+def latent_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The latent in a network call: its first tensor with axes."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1)
+
+
+def numbers_of(generator: Any, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(seeds, numbers) of a call's pictures, for draws that are none of the pipeline's.
+
+    By one generator: its seed, pictures 0, 1, ...; by one each: its seed, picture 0; without: seed 0.
+    """
+    if isinstance(generator, (list, tuple)):
+        return tuple(each.initial_seed() for each in generator), (0,) * pictures
+    return (0 if generator is None else generator.initial_seed(),) * pictures, tuple(range(pictures))
+
+
 def half(value: Any, batch: int, which: int) -> Any:
     """Rows [which * batch/2, (which + 1) * batch/2) of every tensor of that batch, inside containers too."""
     if isinstance(value, Tensor):

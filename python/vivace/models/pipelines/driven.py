@@ -15,7 +15,7 @@ from vivace.engine.planning import replan
 from vivace.engine.stepper import Stepper
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, ShapeError, StateError, UnsupportedError
-from vivace.models.pipelines.branches import batch_of, half, output_of, twice, with_output
+from vivace.models.pipelines.branches import batch_of, half, latent_of, output_of, twice, with_output
 from vivace.models.pipelines.cached import CallCaches, Given, gives_again
 from vivace.models.pipelines.calls import CallStyle
 from vivace.models.pipelines.planned import Effective
@@ -53,6 +53,7 @@ class Driven:
         self.order = max(1, round(plan.nfe / steps))
         self.restarts = 0
         self.caches: CallCaches | None = None
+        self.generator: Any = None  # of the call, whose seed merges of tokens draw by
         self.given: list[Given] = []  # by executed evaluation
         self._caching = gives_again(plan)
         self.changed = False  # a callback changed the latents
@@ -111,6 +112,8 @@ class Driven:
     # --- what the pipeline asks its network -------------------------------------------------------------------------
     def evaluate(self, name: str, networks: Mapping[str, Network], args: Any, kwargs: Any) -> tuple[Any, int]:
         """(what the pipeline is handed, branches evaluated) of one network call."""
+        if self.changed and not self._calls and self._stepper is not None and self._at % self.order == 0:
+            self._restart()
         step = self._row()
         self._calls += 1
         if self.silent or step.variant is None:
@@ -137,7 +140,8 @@ class Driven:
         if not self._caching:
             return networks[name](*args, **kwargs)
         if self.caches is None:
-            self.caches = CallCaches(self._tail(self._base)[0], networks[name], self.silent)
+            plan, latent = self._tail(self._base)[0], tuple(latent_of(args, kwargs).shape[1:])
+            self.caches = CallCaches(plan, networks[name], self.silent, self.generator, latent, self.values)
         return self.caches.run(self._at - self._base, name, networks[name], branches, args, kwargs)
 
     def _handed(self, args: Any, kwargs: Any) -> tuple[str, ...]:
@@ -203,8 +207,9 @@ class Driven:
         self._state(x, doubled, model_output.dtype)
         assert self._stepper is not None
         outs = (model_output,) if self.silent else self._predictions(row, model_output, x)
-        result = self._stepper.advance(outs)
-        self.given.append(Given() if self.caches is None else self.caches.given(self._at - self._base))
+        number, caches = self._at - self._base, self.caches
+        result = self._stepper.advance(outs, None if caches is None else caches.advanced(number, outs))
+        self.given.append(Given() if caches is None else caches.given(number))
         self._at += 1
         if self._stepper.done:
             self._spend()
@@ -222,14 +227,19 @@ class Driven:
         same = doubled or x is self._returned
         if self.changed or (same and not doubled and version_of(x) != self._version):
             if self._at % self.order == 0:
-                self.begin(self._at)
+                self._restart()
                 self._stepper = self._started(x, output)
-                self.restarts += 1
             else:
                 self._stepper.put(x)
             self.changed = False
         elif not same:
             self._stepper.put(x)
+
+    def _restart(self) -> None:
+        """The run starts anew with the latents that a callback left: nothing of before is kept or read."""
+        self.begin(self._at)
+        self._stepper, self.changed = None, False
+        self.restarts += 1
 
     def _tail(self, evaluation: int) -> tuple[Plan, dict[Any, Any]]:
         """The plan from an evaluation on, and its lowered tables."""
@@ -264,7 +274,8 @@ class Driven:
             raise ShapeError(f"the plan is bound to latents {plan.binding.latent_shape}, the call has {shape}")
         wide = torch.float64 in (x.dtype, output)
         state = torch.float64 if wide else torch.float32
-        stepper = Stepper(plan, x, self.values, lambda: self._draw(), state, lowered)
+        patch = () if self.caches is None or self.caches.tokens is None else self.caches.layout(shape).by_element
+        stepper = Stepper(plan, x, self.values, lambda: self._draw(), state, lowered, patch)
         stepper.start(x)
         return stepper
 

@@ -9,148 +9,32 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from vivace.errors import ArgumentError, ModelError, UnsupportedError
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a block takes and returns its streams.
-
-    hidden, context, skips: names of the arguments that are image tokens (or the feature map), text tokens, and what an
-    up block takes from the down path; None: it has none. returns: the parts of its result in order, of "hidden",
-    "context" and "skips"; ("hidden",) is a bare tensor.
-    """
-
-    hidden: str = "hidden_states"
-    context: str | None = "encoder_hidden_states"
-    skips: str | None = None
-    returns: tuple[str, ...] = ("hidden",)
-
-
-ALONE = Shape(context=None)  # reads and writes one stream
-CROSS = Shape()  # reads text tokens, writes image tokens
-LONG_SKIP = Shape(skips="skip")
-DOWN = Shape(returns=("hidden", "skips"))
-UP = Shape(skips="res_hidden_states_tuple")
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """Modules inside a block. path: of one, from the block; "*" is every item of a list. streams: tensors it returns,
-    of the shape of its first argument, and 2 of its `encoder_hidden_states`."""
-
-    path: str
-    streams: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Half:
-    """What gives a site of a block ("attn", "cross_attn", "mlp"): its outputs before the gate.
-
-    sites: several where one projection gives them together; children: those that a block lacks are left out; idle:
-    what need not run either when the site is given.
-    """
-
-    sites: tuple[str, ...]
-    children: tuple[Child, ...]
-    idle: tuple[Child, ...] = ()
-
-
-def halves(attention: str = "attn1", mlp: str = "ff", streams: int = 1) -> tuple[Half, ...]:
-    """Attention, cross-attention `attn2` and MLP at these paths."""
-    cross = Half(("cross_attn",), (Child("attn2"),))
-    return Half(("attn",), (Child(attention, streams),)), cross, Half(("mlp",), (Child(mlp),))
-
-
-def beside(attention: Child) -> tuple[Half, ...]:
-    """An attention beside its MLP, which one projection joins."""
-    return (Half(("attn", "mlp"), (Child("proj_out"),), (attention, Child("proj_mlp"))),)
-
-
-JOINT = (  # one attention of two streams, and perhaps one more of the image alone
-    Half(("attn",), (Child("attn", 2), Child("attn2"))),
-    Half(("mlp",), (Child("ff"), Child("ff_context"))),
+from vivace.errors import ArgumentError, UnsupportedError
+from vivace.models.pipelines.records import (
+    ALONE,
+    CROSS,
+    DOWN,
+    JOINT,
+    LONG_SKIP,
+    NESTED,
+    UP,
+    Blocks,
+    Child,
+    Family,
+    Half,
+    Rows,
+    Shape,
+    Tokens,
+    beside,
+    halves,
+    plain,
 )
-NESTED = tuple(  # transformers within the block of a UNet
-    Half((site,), (Child(f"attentions.*.transformer_blocks.*.{name}"),))
-    for site, name in (("attn", "attn1"), ("cross_attn", "attn2"), ("mlp", "ff"))
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """A list of blocks of a network, or a single block.
-
-    path: the attribute that holds it; shape: None for what `diffusers` registers for the class of the blocks; text: for
-    blocks with text tokens and image tokens in one sequence, the count of text tokens that lead it, from the arguments
-    of the network's forward; kind: "transformer", or "down" | "mid" | "up" of a UNet; inside: its sites that caches can
-    keep, () for those of whole blocks alone; mirrored: the last block reads again what the first one gave, and so on.
-    """
-
-    path: str
-    shape: Shape | None = None
-    text: Callable[[Mapping[str, Any]], int] | None = None
-    kind: str = "transformer"
-    inside: tuple[Half, ...] = ()
-    mirrored: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A family of networks, known by the class name of the network.
-
-    latent: configuration -> (C, spatial...) of one sample by default; patch: configuration -> edges of a token in
-    latent elements, one per spatial axis; layout: how the network takes a latent, "channels" [B, C, ...], "tokens"
-    [B, N, C of a whole patch] or "frames" [B, F, C, H, W]; prediction: "eps" | "v" | "flow", unless the scheduler says
-    otherwise; sign: its output times this is that prediction; float32: what its blocks compute in float32 even when the
-    network is float64; refused: what does not work and why, for the documentation.
-    """
-
-    denoiser: str
-    blocks: tuple[Blocks, ...]
-    latent: Callable[[Any], tuple[int, ...]]
-    patch: Callable[[Any], tuple[int, ...]]
-    prediction: str = "flow"
-    layout: str = "channels"
-    sign: float = 1.0
-    float32: str = ""
-    refused: tuple[str, ...] = ()
-
-    def spec_fields(self, module: Any) -> dict[str, Any]:
-        """What the network decides of a `ModelSpec`: latent_shape, blocks, patch, token_group, prediction."""
-        config = plain(module).config
-        return {
-            "latent_shape": tuple(self.latent(config)),
-            "blocks": len(self.names(module)),
-            "patch": tuple(self.patch(config)),
-            "token_group": 1,
-            "prediction": self.prediction,
-        }
-
-    def names(self, module: Any) -> tuple[tuple[str, Blocks], ...]:
-        """Every block's path and the list it belongs to, in the order they run."""
-        found: list[tuple[str, Blocks]] = []
-        for entry in self.blocks:
-            part = getattr(plain(module), entry.path, None)
-            if isinstance(part, nn.ModuleList):
-                found += [(f"{entry.path}.{index}", entry) for index in range(len(part))]
-            elif part is not None:
-                found.append((entry.path, entry))
-        if not found:
-            paths = ", ".join(entry.path for entry in self.blocks)
-            raise ModelError(f"{self.denoiser}: no block under {paths}; the record needs the lists this network has")
-        return tuple(found)
-
-
-def plain(module: Any) -> Any:
-    """The network itself, when `module` is what `torch.compile` made of it."""
-    return getattr(module, "_orig_mod", module)
 
 
 def family_of(module: Any) -> Family:
@@ -270,15 +154,30 @@ def _caption_ahead(arguments: Mapping[str, Any]) -> int:
     return lengths.pop()
 
 
-_STREAM = (Blocks("transformer_blocks", inside=halves()),)
-_DOUBLE = Blocks("transformer_blocks", inside=JOINT)
+_MERGED = (("attn", "attn1"), ("mlp", "ff"))
+_MERGED_JOINT = (("attn", "attn"), ("attn", "attn2"), ("mlp", "ff"))
+_STREAM = (Blocks("transformer_blocks", inside=halves(), tokens=Tokens(), merged=_MERGED),)
+_ROTARY = Rows("image_rotary_emb", 0)
+_ROTATED = Tokens(("attn",), options=(_ROTARY,))  # text ahead, one table for text and image or for the image
+_DOUBLE = Blocks("transformer_blocks", inside=JOINT, tokens=_ROTATED)
 _PARALLEL = (Half(("attn", "mlp"), (Child("attn"),)),)  # one module is both
-_QWEN = (Half(("attn",), (Child("attn", 2),)), Half(("mlp",), (Child("img_mlp"), Child("txt_mlp"))))
+_QWEN = (Half(("attn",), (Child("attn", 2),)), Half(("mlp",), (Child("img_mlp"), Child("txt_mlp", text=True))))
+_PAIRED = Tokens(("attn",), options=(Rows("image_rotary_emb", 0, first=True), Rows("modulate_index", 1)))
 _LUMINA = (Half(("attn",), (Child("attn"),)), Half(("mlp",), (Child("feed_forward"),)))
+_REFINED = Tokens(("attn",), options=(Rows("image_rotary_emb", 1),), closed=True)
+_WAN = Tokens(options=(Rows("rotary_emb", 1), Rows("temb", 1, dims=4)))
+_LTX = Tokens(options=(Rows("image_rotary_emb", 1), Rows("temb", 1)))
+_VIDEO = Tokens(
+    ("attn",),
+    True,
+    (_ROTARY, Rows("freqs_cis", 0)),
+    unfit=("HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock"),
+)
+_MERGED_NESTED = tuple((site, f"attentions.*.transformer_blocks.*.{path}") for site, path in _MERGED)
 _UNET = (
-    Blocks("down_blocks", DOWN, kind="down", inside=NESTED),
-    Blocks("mid_block", CROSS, kind="mid", inside=NESTED),
-    Blocks("up_blocks", UP, kind="up", inside=NESTED),
+    Blocks("down_blocks", DOWN, kind="down", inside=NESTED, merged=_MERGED_NESTED),
+    Blocks("mid_block", CROSS, kind="mid", inside=NESTED, merged=_MERGED_NESTED),
+    Blocks("up_blocks", UP, kind="up", inside=NESTED, merged=_MERGED_NESTED),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -293,10 +192,31 @@ FAMILIES: dict[str, Family] = {
             float32="the embedding of the timestep",
         ),
         Family("PixArtTransformer2DModel", _STREAM, _square, _patches, "eps"),
-        Family("SD3Transformer2DModel", (_DOUBLE,), _square, _patches, float32="variances of RMS norms"),
+        Family(
+            denoiser="SD3Transformer2DModel",
+            blocks=(
+                Blocks(
+                    "transformer_blocks",
+                    inside=JOINT,
+                    tokens=Tokens(("attn", "attn2"), behind=True),
+                    merged=_MERGED_JOINT,
+                ),
+            ),
+            latent=_square,
+            patch=_patches,
+            float32="variances of RMS norms",
+        ),
         Family(
             denoiser="FluxTransformer2DModel",
-            blocks=(_DOUBLE, Blocks("single_transformer_blocks", inside=beside(Child("attn")))),
+            blocks=(
+                replace(_DOUBLE, merged=_MERGED_JOINT),
+                Blocks(
+                    "single_transformer_blocks",
+                    inside=beside(Child("attn")),
+                    tokens=_ROTATED,
+                    merged=(("attn", "attn"),),
+                ),
+            ),
             latent=_packed,
             patch=lambda config: (2, 2),
             layout="tokens",
@@ -308,10 +228,14 @@ FAMILIES: dict[str, Family] = {
             latent=lambda config: _square(config, "out_channels", 64),
             patch=lambda config: (1, 1),
             prediction="eps",
+            whole="its blocks are convolutions, which read the neighbours of every place",
         ),
         Family(
             denoiser="Flux2Transformer2DModel",
-            blocks=(_DOUBLE, Blocks("single_transformer_blocks", text=_text_ahead, inside=_PARALLEL)),
+            blocks=(
+                _DOUBLE,
+                Blocks("single_transformer_blocks", text=_text_ahead, inside=_PARALLEL, tokens=_ROTATED),
+            ),
             latent=lambda config: (config.out_channels or config.in_channels, 64, 64),
             patch=lambda config: (1, 1),
             layout="tokens",
@@ -319,7 +243,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="QwenImageTransformer2DModel",
-            blocks=(Blocks("transformer_blocks", inside=_QWEN),),
+            blocks=(Blocks("transformer_blocks", inside=_QWEN, tokens=_PAIRED),),
             latent=lambda config: (config.in_channels // 4, 128, 128),
             patch=lambda config: (2, 2),
             layout="tokens",
@@ -328,8 +252,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             denoiser="Lumina2Transformer2DModel",
             blocks=(
-                Blocks("noise_refiner", ALONE, inside=_LUMINA),
-                Blocks("layers", ALONE, text=_caption_ahead, inside=_LUMINA),
+                Blocks("noise_refiner", ALONE, inside=_LUMINA, tokens=_REFINED),
+                Blocks("layers", ALONE, text=_caption_ahead, inside=_LUMINA, tokens=_REFINED),
             ),
             latent=_square,
             patch=_patches,
@@ -343,10 +267,11 @@ FAMILIES: dict[str, Family] = {
             latent=_square,
             patch=_patches,
             float32="linear attention",
+            whole="its attention keeps a sum over all tokens instead of keys, and its MLPs are convolutions",
         ),
         Family(
             denoiser="HunyuanDiT2DModel",
-            blocks=(Blocks("blocks", LONG_SKIP, inside=halves(), mirrored=True),),
+            blocks=(Blocks("blocks", LONG_SKIP, inside=halves(), mirrored=True, tokens=Tokens(options=(_ROTARY,))),),
             latent=_square,
             patch=_patches,
             prediction="v",
@@ -354,7 +279,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="CogVideoXTransformer3DModel",
-            blocks=(Blocks("transformer_blocks", inside=halves(streams=2)),),
+            blocks=(Blocks("transformer_blocks", inside=halves(streams=2), tokens=Tokens(options=(_ROTARY,))),),
             latent=_clip,
             patch=_cubes,
             prediction="v",
@@ -362,14 +287,14 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="WanTransformer3DModel",
-            blocks=(Blocks("blocks", inside=halves(mlp="ffn")),),
+            blocks=(Blocks("blocks", inside=halves(mlp="ffn"), tokens=_WAN),),
             latent=_frames(21, 60, 104),
             patch=lambda config: tuple(config.patch_size),
             float32="norms, modulation, residuals",
         ),
         Family(
             denoiser="LTXVideoTransformer3DModel",
-            blocks=_STREAM,
+            blocks=(Blocks("transformer_blocks", inside=halves(), tokens=_LTX),),
             latent=_frames(21, 16, 22),
             patch=_cubes,
             layout="tokens",
@@ -377,7 +302,10 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             denoiser="HunyuanVideoTransformer3DModel",
-            blocks=(_DOUBLE, Blocks("single_transformer_blocks", inside=beside(Child("attn", 2)))),
+            blocks=(
+                Blocks("transformer_blocks", inside=JOINT, tokens=_VIDEO),
+                Blocks("single_transformer_blocks", inside=beside(Child("attn", 2)), tokens=_VIDEO),
+            ),
             latent=_frames(33, 90, 160),
             patch=_cubes,
             float32="variances of RMS norms, rotary embeddings",

@@ -15,9 +15,12 @@ from vivace.engine.bind import ModelSpec
 from vivace.engine.compiled import Compiler, Evaluation
 from vivace.engine.denoiser import Piece, Replayable, predictions, samples_of
 from vivace.engine.kept import Seen, Turn, split
+from vivace.engine.merging import Merging
 from vivace.engine.plan import Variant
+from vivace.engine.tokens import Focus
 from vivace.errors import ShapeError, UnsupportedError
-from vivace.models.caching.foreign import Cached, Keeper
+from vivace.models.caching.bound import ForeignLayouts, Runs
+from vivace.models.caching.foreign import Cached
 from vivace.models.caching.foreign_looks import Look, check_metric, metrics_of, resumed, states_of
 from vivace.models.caching.looks import going_on
 from vivace.models.pipelines.capture import argument_names
@@ -71,6 +74,7 @@ class NetworkDenoiser:
         self.models = tuple(self.networks)
         self.device, self.dtype = device, next(iter(networks.values())).dtype
         self._parts: dict[int, Cached] = {}
+        self._layouts = ForeignLayouts()
         self.sites, self.metrics = self._offers()
         self._options = {} if "return_dict" not in argument_names(networks["main"]) else {"return_dict": False}
 
@@ -82,15 +86,24 @@ class NetworkDenoiser:
         variant: Variant,
         turns: Sequence[Turn] = (),
         resume: Seen | None = None,
+        focus: Focus | None = None,
+        merging: Merging | None = None,
     ) -> tuple[Tensor, ...]:
         """One prediction [n, ...] per branch; samples and branches with arguments of equal shapes share a forward.
 
-        turns: what is kept and what is given again; branches that do not the same with the caches run apart.
+        turns: what is kept and what is given again; branches that do not the same with the caches run apart. focus:
+        image tokens of the samples that are computed, None: all; pixels of others mean nothing. merging: what blocks
+        merge, None: nothing; where branches have arguments of other shapes, "cond", whose maps all use, runs first.
         """
         found: dict[str, Tensor] = {}
-        for branches, mine in split(variant.branches, turns):
+        parts = split(variant.branches, turns)
+        if merging is not None and len({c.branch(b).signature for c in conditions for b in variant.branches}) > 1:
+            parts = [((branch,), mine) for branches, mine in parts for branch in branches]
+        for branches, mine in parts:
             seen = going_on(resume, mine)
-            runner = partial(self._cached, turns=mine, seen=seen) if mine or seen is not None else None
+            plain = not mine and seen is None and focus is None and merging is None
+            given = {"turns": mine, "seen": seen, "focus": focus, "merging": merging}
+            runner = None if plain else partial(self._cached, **given)
             outs = self.run_with(x, timesteps, conditions, replace(variant, branches=branches), runner)
             found |= zip(branches, outs, strict=True)
         return tuple(found[branch] for branch in variant.branches)
@@ -146,13 +159,21 @@ class NetworkDenoiser:
             results = [piece.forward(self._joined(piece.inputs)) for piece in pieces]
             return predictions(pieces, results, len(variant.branches), len(lanes))
 
-    def _cached(self, network: Any, rows: Rows, turns: Sequence[Turn], seen: Seen | None) -> Callable[..., Any]:
-        """A forward that keeps and gives what its turns say, from where a look ended."""
+    def _cached(
+        self,
+        network: Any,
+        rows: Rows,
+        turns: Sequence[Turn],
+        seen: Seen | None,
+        focus: Focus | None,
+        merging: Merging | None,
+    ) -> Callable[..., Any]:
+        """A forward that keeps and gives what its turns say, from where a look ended; of `focus` alone, or merging."""
         cached = self.cached(network)
-        keeper = Keeper(cached.parts, cached.wiring, turns, rows)
+        keeper = cached.keeper(turns, rows, focus, merging)
         if seen is not None:
             resumed(keeper, [seen.states[sample] for sample in seen.samples], seen.block, rows)
-        return partial(cached.parts.forward, keeper)
+        return partial(cached.run, keeper)
 
     def cached(self, network: Any) -> Cached:
         """What caches need of a network or of a stand-in of one."""
@@ -176,9 +197,10 @@ class NetworkDenoiser:
         return frozenset.intersection(*sites), frozenset.intersection(*metrics)
 
     def replayable(self) -> NetworkDenoiser:
-        """The same for graphs: caches read lanes of the request, so that rows with them run without."""
+        """The same for graphs, of which no row goes on from a look or merges tokens."""
         made = copy.copy(self)
-        made.sites = made.metrics = frozenset()
+        made.sites, made.metrics = self.sites - {"merge"}, frozenset()
+        made._layouts = ForeignLayouts()
         return made
 
     @property
@@ -249,25 +271,54 @@ class NetworkDenoiser:
                 tensors[GROUP] = (_sendable(torch.tensor([group]), call.x.device),)
             key = (variant.model, id(network), size, tuple(call.x.shape[1:]), call.x.dtype, signature)
             rows = [(branch, n) for n, branch in (wanted[position] for position in filled)]
-            forward = self._forward(network if runner is None else runner(network, rows), inputs[positions[0]], network)
-            pieces.append(Piece(key, tensors, forward, (*positions, *[-1] * (size - len(positions)))))
+            places, like = (*positions, *[-1] * (size - len(positions))), inputs[positions[0]]
+            run = network if runner is None else runner(network, rows)
+            piece = Piece(key, tensors, self._forward(_by(run), like, network), places)
+            pieces.append(
+                self._kept(call, network, piece, rows, like) if call.turns or call.focus is not None else piece
+            )
         return tuple(pieces)
+
+    def _kept(self, call: Evaluation, network: Any, piece: Piece, rows: Rows, like: Inputs) -> Piece:
+        """A piece with what its rows keep and give again."""
+
+        def try_out(runs: Runs) -> None:
+            self._forward(runs, like, network)(self._joined(piece.inputs))
+
+        cached, filled = self.cached(network), [place < 0 for place in piece.places]
+        laid, runs = self._layouts.of(cached, call, rows, filled, piece.key, try_out)
+        return replace(
+            piece,
+            key=(piece.key, laid.key),
+            inputs={**piece.inputs, **laid.inputs},
+            forward=self._forward(runs, like, network),
+            idle=laid.idle,
+            stands=laid.stands,
+        )
 
     def _joined(self, inputs: Mapping[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
         """The inputs of a piece as tensors of their own on the device."""
         return {name: torch.cat(values).to(self.device) for name, values in inputs.items()}
 
-    def _forward(self, run: Callable[..., Any], row: Inputs, network: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        """Predictions [rows, ...] from the tensors of a batch whose other arguments are those of `row`."""
+    def _forward(self, runs: Runs, row: Inputs, network: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """Predictions [rows, ...] from the tensors of a batch whose other arguments are those of `row`.
+
+        runs: makes of the tensors what runs the forward.
+        """
         manner, tree, options = self.manner, hollow(row), self._options
 
         def forward(tensors: Mapping[str, Tensor]) -> Tensor:
             latent, times = tensors[manner.latent], manner.spread(tensors[manner.time])
             with torch.inference_mode(False), torch.no_grad(), forward_at(groups=tensors.get(GROUP)):
-                out = run(**fill(tree, tensors), **{manner.latent: latent, manner.time: times}, **options)
+                out = runs(tensors)(**fill(tree, tensors), **{manner.latent: latent, manner.time: times}, **options)
                 return _prediction(out, latent, type(network).__name__, manner.sign)
 
         return forward
+
+
+def _by(run: Callable[..., Any]) -> Runs:
+    """Runs every forward by the same."""
+    return lambda _: run
 
 
 def _sendable(numbers: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from os import PathLike
@@ -22,6 +22,7 @@ from vivace.engine.passes import apply_experts, apply_guidance
 from vivace.engine.plan import Plan
 from vivace.engine.planning import make_plan
 from vivace.engine.session import Session
+from vivace.engine.token_layout import Layout
 from vivace.errors import ArgumentError, ModelError, ShapeError, UnsupportedError
 from vivace.models.checkpoint import read_object
 from vivace.models.load import prediction_of
@@ -52,9 +53,18 @@ FED = {
 
 @dataclass(frozen=True, slots=True)
 class LatentSpec(ModelSpec):
-    """A spec for latents of any layout. edges: extent of a token along every axis of the latent, channels included."""
+    """A spec for latents of any layout. like: where the tokens of its own latent lie."""
 
-    edges: tuple[int, ...] = ()
+    like: Layout = Layout((), ())
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Extent of a token along every axis of the latent, channels included."""
+        return self.like.edges
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Where the image tokens of a latent of `shape` lie."""
+        return replace(self.like, shape=shape)
 
     def tokens(self, shape: tuple[int, ...] | None = None) -> int:
         """Image tokens of a latent of `shape`. Raises ShapeError when tokens do not divide it."""
@@ -275,12 +285,13 @@ class PipelinePipe(ForeignPipe):
             prediction=_prediction(scheduler),
             latent_shape=shape,
             blocks=fields["blocks"],
+            layers=fields["layers"],
             patch=fields["patch"],
             token_group=fields["token_group"],
             branches=("cond", "uncond")[:branches],
             conditioning="class" if self.prompting.labels else "text",
             schedule=_schedule(scheduler),
-            edges=_edges(family, shape, fields["patch"]),
+            like=family.latents(network, shape),
         )
 
     def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
@@ -311,11 +322,12 @@ class NetworkPipe(ForeignPipe):
             prediction=_prediction(self.scheduler) if given else fields["prediction"],
             latent_shape=self.latent_shape,
             blocks=fields["blocks"],
+            layers=fields["layers"],
             patch=fields["patch"],
             token_group=fields["token_group"],
             conditioning="arguments",
             schedule=_schedule(self.scheduler) if given else None,
-            edges=_edges(self.family, self.latent_shape, fields["patch"]),
+            like=self.family.latents(network, self.latent_shape),
         )
 
     def _denoiser(self, networks: dict[str, Any]) -> NetworkDenoiser:
@@ -374,15 +386,6 @@ def _schedule(scheduler: Any) -> NoiseSchedule | None:
         return NoiseSchedule.from_diffusers(scheduler)
     except UnsupportedError:
         return None
-
-
-def _edges(family: Family, shape: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Extent of a token along every axis of latents in the layout of the family."""
-    if family.layout == "tokens" and len(shape) == 2:
-        return 1, shape[1]
-    if family.layout == "frames":
-        return patch[0], shape[1], *patch[1:]
-    return shape[0], *patch
 
 
 def _latent_shape(family: Family, fields: Mapping[str, Any]) -> tuple[int, ...]:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from vivace.engine.diffusers_config import PREDICTION_TYPES
 from vivace.engine.from_diffusers import plan_from_diffusers
+from vivace.engine.merge_rows import merges
 from vivace.engine.passes import apply_experts
 from vivace.engine.plan import Plan, Recipe, Step
 from vivace.engine.planning import apply_passes, replan
+from vivace.engine.token_rows import tokens_of
 from vivace.errors import ArgumentError, UnsupportedError
 from vivace.models.pipelines.cached import gives_again
 from vivace.models.pipelines.calls import CallStyle, runs_uncond
@@ -191,6 +193,10 @@ class Planner:
         """Why the pipeline and its scheduler do not compute exactly what `plan` says; None when they do."""
         if not self.own:
             return "asked for by arithmetic='plan'"
+        if merges(plan):
+            return "the plan merges tokens"
+        if tokens_of(plan):
+            return "some rows of the plan compute some image tokens"
         if gives_again(plan):
             return "the plan gives kept values again"
         if plan.recipe is None or _rows(plan) != _rows(apply_passes(replace(own, recipe=_bare(own)), plan.recipe)):

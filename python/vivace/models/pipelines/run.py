@@ -69,6 +69,7 @@ class Run:
         if self.effective.own:
             return
         self.driven = Driven(self.effective, steps, style=self.style, guided=self.guided, values=self._values())
+        self.driven.generator = self.call.values.get("generator")
         if self.begin:
             self.driven.begin(self.begin)
         state = self.scheduler.__dict__

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from vivace import __version__
+from vivace.engine.caching import KEYS
+from vivace.engine.merge_rows import SITE
+from vivace.engine.merging import unmerged
 from vivace.engine.receipt import CACHING, KernelUse, Receipt, RowRecord, peak_memory
 from vivace.errors import StateError
 from vivace.models.pipelines.run import Run
@@ -21,6 +24,7 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
         raise StateError(f"{type(pipeline).__name__} never asked its scheduler for timesteps; it cannot be accelerated")
     plan, device = effective.plan, run.device
     both, caches = effective.silent and run.guided, None if run.driven is None else run.driven.caches
+    merged = None if caches is None else caches.merges
     branches = [2 if both else len(step.branches) for step in plan.steps if step.variant is not None][run.begin :]
     return Receipt(
         plan_hash=effective.digest,
@@ -41,8 +45,15 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
         pool=0 if run.driven is None else run.driven.pool_bytes,
         kernels=_kernels(run, reports),
         caches=_caches(run),
+        tokens=_tokens(run),
+        merges={} if merged is None else merged.told(plan),
         decisions=() if caches is None or caches.watch is None else tuple(caches.watch.decisions),
-        warnings=(*effective.warnings, *_cut(run, len(branches)), *_unused(run)),
+        warnings=(
+            *effective.warnings,
+            *_cut(run, len(branches)),
+            *_unused(run),
+            *unmerged(plan, None if caches is None else caches.merges),
+        ),
         versions={"vivace": __version__, "torch": torch.__version__},
         details=_details(run, reports),
     )
@@ -56,7 +67,7 @@ def _row(run: Run, i: int, branches: int, network_ms: float, step_ms: float) -> 
 
 def _caches(run: Run) -> dict[str, Any]:
     """What the call kept and gave again; empty for a plan that does not cache."""
-    if run.driven is None or run.driven.caches is None:
+    if run.driven is None or run.driven.caches is None or not run.driven.caches.rows.keeps:
         return {}
     given = run.driven.given
     counts = {name: sum(getattr(row, name) for row in given) for name in ("reused", "forecast")}
@@ -64,11 +75,27 @@ def _caches(run: Run) -> dict[str, Any]:
     return run.driven.caches.told() | counts | {"computed_share": share}
 
 
+def _tokens(run: Run) -> dict[str, Any]:
+    """What was computed of the image tokens; empty for a plan that always computes all."""
+    caches = None if run.driven is None else run.driven.caches
+    if run.driven is None or caches is None or caches.tokens is None or caches.tokens.plan.binding is None:
+        return {}
+    count, chosen = caches.tokens.plan.binding.tokens, [row.tokens for row in run.driven.given]
+    return {
+        "of": count,
+        "rows": sum(tokens is not None for tokens in chosen),
+        "share": sum(count if tokens is None else tokens for tokens in chosen) / max(1, count * len(chosen)),
+        "bound": max(-1 if row is None else row.bound for row in caches.tokens.rows),
+        "bytes": caches.tokens.nbytes,
+    }
+
+
 def _unused(run: Run) -> tuple[str, ...]:
     """A warning where the plan asks for caching and no row gave a kept value."""
     effective = run.effective
     assert effective is not None, "a run has a plan"
-    asked = any(rule.action is not None for variant in effective.plan.variants for rule in variant.rules)
+    rules = (rule for variant in effective.plan.variants for rule in variant.rules)
+    asked = any(rule.action is not None and rule.site not in (SITE, *KEYS) for rule in rules)
     recipe = effective.plan.recipe
     named = [] if recipe is None else [name for name, _ in recipe.passes if name in CACHING]
     counts = _caches(run)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from vivace.engine.precision import BlockPrecision
 from vivace.kernels.gated_residual import gated_residual
-from vivace.models.dit import NORM_EPS, Block, DiT, Modulation
+from vivace.models.dit import NORM_EPS, Block, DiT, Held, Modulation
 from vivace.models.dit_config import DiTConfig
 from vivace.models.dit_files import layout
 from vivace.models.quantized.layers import FLOATS, CastLinear, QuantizedLinear
 from vivace.models.quantized.weights import QuantizedLayer, QuantizedWeights
 from vivace.models.rowwise import gelu
+from vivace.models.tokens.merge import Merged
 
 HALVES = (("qkv", "out"), ("up", "down"))  # linears of the attention and of the MLP
 ACTIVATIONS = {"tanh": "gelu_tanh", "none": "gelu"}  # `approximate` of a GELU -> name in the kernels
@@ -76,25 +77,39 @@ class PreciseDiT(DiT):
         ]
         return made
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """As `DiT.embed`, float32 where the model is narrower."""
-        return super().embed(x).to(torch.promote_types(self.dtype, torch.float32))
+        return super().embed(x, ids).to(torch.promote_types(self.dtype, torch.float32))
 
     def block(self, i: int, hidden: Tensor, modulation: Modulation) -> Tensor:
         """Block i on hidden states [R, N, D], in its precisions."""
         return self.precise[i](hidden, modulation.of_block(i))
 
-    def fresh(self, i: int, half: int, hidden: Tensor, modulation: Modulation) -> Tensor:
+    def fresh(
+        self,
+        i: int,
+        half: int,
+        hidden: Tensor,
+        modulation: Modulation,
+        held: Held | None = None,
+        merged: Merged | None = None,
+    ) -> Tensor:
         """As `DiT.fresh`: float32 of a half in a precision of its own."""
-        return self.precise[i].fresh(half, hidden, *modulation.of_half(i, half)[:2])
+        return self.precise[i].fresh(half, hidden, *modulation.of_half(i, half)[:2], held, merged)
 
     def joined(self, i: int, half: int, hidden: Tensor, modulation: Modulation, fresh: Tensor) -> Tensor:
         """hidden + gate * fresh, to the bits of `block`."""
         return self.precise[i].joined(half, hidden, modulation.of_half(i, half)[2], fresh)
 
-    def head(self, hidden: Tensor, modulation: Modulation, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
+    def head(
+        self,
+        hidden: Tensor,
+        modulation: Modulation,
+        size: tuple[int, int] | None = None,
+        ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """As `DiT.head`, in the model's dtype."""
-        return super().head(hidden.to(self.dtype), modulation, size)
+        return super().head(hidden.to(self.dtype), modulation, size, ids)
 
 
 def own_precisions(pair: BlockPrecision, dtype: torch.dtype) -> BlockPrecision:
@@ -130,12 +145,21 @@ class PreciseBlock:
                 hidden = self._added(half, hidden, shift, scale, gate.float()).to(hidden.dtype)
         return hidden
 
-    def fresh(self, half: int, hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def fresh(
+        self,
+        half: int,
+        hidden: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        held: Held | None = None,
+        merged: Merged | None = None,
+    ) -> Tensor:
         """What a half gives before its gate."""
         if self.precisions[half] is not None:
-            return self._added(half, hidden, shift, scale, None)
-        part = self.block.mlp if half else self.block.attention
-        return part(hidden.to(shift.dtype), shift, scale)
+            made = self._added(half, hidden, shift, scale, None, held, merged)
+            return made if merged is None else merged.unmerge(made)
+        own = hidden.to(shift.dtype), shift, scale
+        return self.block.mlp(*own, merged) if half else self.block.attention(*own, held, merged)
 
     def joined(self, half: int, hidden: Tensor, gate: Tensor, fresh: Tensor) -> Tensor:
         """hidden + gate * fresh as the half itself does it."""
@@ -146,23 +170,47 @@ class PreciseBlock:
             return gated_residual(wide, fresh, own).to(hidden.dtype)
         return torch.addcmul(wide, own, fresh).to(hidden.dtype)
 
-    def _added(self, half: int, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
+    def _added(
+        self,
+        half: int,
+        hidden: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor | None,
+        held: Held | None = None,
+        merged: Merged | None = None,
+    ) -> Tensor:
         """A half in its precision, float32: hidden + gate * what it gives, or without a gate that alone."""
         dtype = FLOATS.get(self.precisions[half] or "", torch.bfloat16)
-        x = (self._mlp if half else self._attention)(hidden.float(), shift.float(), scale.float(), dtype)
+        own = hidden.float(), shift.float(), scale.float(), dtype
+        x = self._mlp(*own, merged) if half else self._attention(*own, held, merged)
         return self._joined(HALVES[half][1], x, gate, hidden.float())
 
-    def _attention(self, hidden: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def _attention(
+        self,
+        hidden: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        held: Held | None = None,
+        merged: Merged | None = None,
+    ) -> Tensor:
         """Heads side by side, as the last linear takes them."""
-        rows, tokens, width = hidden.shape
         x = _normed(hidden, shift, scale, NORM_EPS)
+        x = x if merged is None else merged.merge(x)
+        rows, tokens, width = x.shape
         qkv = self._product("qkv", x, dtype).view(rows, tokens, 3, self.block.heads, width // self.block.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if held is not None:
+            key, value = held(query, key, value)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows, tokens, width)
 
-    def _mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def _mlp(
+        self, hidden: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype, merged: Merged | None = None
+    ) -> Tensor:
         """The inside of the MLP, as its last linear takes it."""
         x = _normed(hidden, shift, scale, self.block.mlp_eps)
+        x = x if merged is None else merged.merge(x)
         up, approximate = self.linears["up"], self.block.approximate
         if isinstance(up, QuantizedLinear):
             made: Tensor = up(x, activation=ACTIVATIONS[approximate], out_dtype=dtype)

@@ -18,7 +18,8 @@ from vivace.models.dit import DiT
 from vivace.models.pipelines.network import NetworkDenoiser
 from vivace.models.pipelines.views import view
 from vivace.models.quantized.native import layer_names
-from vivace.models.quantized.stand_in import block_names, replaced
+from vivace.models.quantized.stand_in import StandIns, block_names, replaced
+from vivace.models.quantized.weights import QuantizedWeights
 
 OUTSIDE = "outside the blocks' products: an embedding, modulation or final layer"
 ASKED = "kept high as asked"
@@ -32,6 +33,13 @@ def denoiser_of(pipe: Any) -> Denoiser:
     if isinstance(pipe, Pipe):
         return cast("Denoiser", ClassDenoiser(pipe.model))
     return cast("Denoiser", pipe._denoiser(dict(pipe.networks)))
+
+
+def in_8_bits(denoiser: Denoiser, weights: QuantizedWeights) -> Denoiser:
+    """A denoiser like this one whose rows may name the precision of these weights, which are of its network."""
+    made: Any = copy.copy(denoiser)
+    made.stand_ins = StandIns(weights.to(denoiser.device))
+    return cast("Denoiser", made)
 
 
 def network_of(denoiser: Denoiser) -> Any:

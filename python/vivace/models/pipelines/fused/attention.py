@@ -43,7 +43,8 @@ class Flux(Processor):
             return self.attend(*self.project(attn.head_dim, own_stream(attn, hidden_states, table)), attention_mask)
         tokens, early, late = text.shape[1], None, None
         if table is not None:
-            early, late = ((table[0][part], table[1][part]) for part in (slice(tokens), slice(tokens, None)))
+            halves = slice(tokens), slice(tokens, None)
+            early, late = ((table[0][..., part, :], table[1][..., part, :]) for part in halves)
         streams = added_stream(attn, text, early), own_stream(attn, hidden_states, late)
         hidden = self.attend(*self.project(attn.head_dim, *streams), attention_mask)
         return project_out(attn, hidden[:, tokens:].contiguous()), attn.to_add_out(hidden[:, :tokens].contiguous())
@@ -144,8 +145,8 @@ class Wan(Processor):
             return self.plain(attn, hidden_states, context, attention_mask, rotary_emb)
         source, table = hidden_states if context is None else context, None
         if rotary_emb is not None:
-            cos, sin = rotary_emb  # [1, N, 1, K]
-            table = self.tables.of(cos, lambda: (_doubled(cos[0, :, 0], 0), _doubled(sin[0, :, 0], 1)))
+            cos, sin = rotary_emb  # [1 or B, N, 1, K]
+            table = self.tables.of(cos, lambda: (_doubled(cos[:, :, 0], 0), _doubled(sin[:, :, 0], 1)))
         heads = (attn.heads, -1)
         query, key, value = (
             to(of).unflatten(2, heads)
@@ -157,7 +158,7 @@ class Wan(Processor):
 
 def _doubled(table: Tensor, first: int) -> Tensor:
     """Every second column from `first` on, twice."""
-    return table[:, first::2].repeat_interleave(2, dim=-1)
+    return table[..., first::2].repeat_interleave(2, dim=-1)
 
 
 class Ltx(Processor):

@@ -126,7 +126,9 @@ class Ops:
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Norm and rotation of [B, N, H, K] queries and keys; table: (cos, sin), pairs interleaved."""
-        cos, sin = (part.to(query.device, torch.float32) for part in table) if table else (None, None)
+        cos = sin = None
+        if table:  # detached: whoever watches the network's table does not watch ours
+            cos, sin = (part.detach().to(query.device, torch.float32) for part in table)
         given: dict[str, Any] = {"kind": "none"}
         if norms[0] is not None:
             of_query, of_key = (parameters(norm) for norm in norms)
