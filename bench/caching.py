@@ -41,9 +41,8 @@ from vivace.bench.caching_cases import (
 from vivace.bench.e2e import CLASSES, SOLVERS, emoji_case
 from vivace.bench.e2e_cases import Case
 from vivace.bench.e2e_int8 import draw as draw_many
-from vivace.bench.harness import Candidate, Claim, Timing, in_turn, report
+from vivace.bench.harness import Candidate, Claim, Timing, in_turn, of_claims, report
 from vivace.engine.plan import Plan
-from vivace.errors import ArgumentError
 from vivace.kernels.spec import missing
 from vivace.metrics import Features, frechet
 from vivace.metrics.quality import Array
@@ -249,15 +248,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
 
 def run(op: str | None = None, claim: str | None = None, quick: bool = False) -> dict[str, Any]:
     """All rows and claims; with `claim`, that one and the rows behind it."""
-    if op is not None:
-        raise ArgumentError("bench caching: --op belongs to the suite kernels; drop it")
-    if claim is not None and claim not in CLAIMS:
-        raise ArgumentError(f"bench caching: claim {claim!r} is not here; use one of {', '.join(CLAIMS)}")
-    rows, claims = list[dict[str, Any]](), list[Claim]()
-    for name in CLAIMS if claim is None else [claim]:
-        more, measured = CLAIMS[name](quick)
-        rows += more
-        claims.append(measured)
+    rows, claims = of_claims("caching", CLAIMS, op, claim, quick)
     if claim is None and missing("cpu") is None:
         rows += emoji_table(quick)
     return report("caching", rows, claims)

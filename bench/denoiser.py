@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vivace.bench import denoiser_dit, denoiser_int8, int8_linears
 from vivace.bench.compiling import compiled_peer
-from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
-from vivace.errors import ArgumentError, BackendError
+from vivace.bench.harness import Candidate, Claim, Timing, interleave, of_claims, ratio_of_medians, report
+from vivace.errors import BackendError
 from vivace.kernels.spec import UNIT_ROUNDOFF, error_of, missing
 from vivace.models.pipelines.fused import fuse
 from vivace.models.pipelines.fused.build import Builder
@@ -299,16 +299,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
 
 def run(op: str | None = None, claim: str | None = None, quick: bool = False) -> dict[str, Any]:
     """All rows and claims; with `claim`, that one and the rows behind it."""
-    if op is not None:
-        raise ArgumentError("bench denoiser: --op belongs to the suite kernels; drop it")
-    if claim is not None and claim not in CLAIMS:
-        raise ArgumentError(f"bench denoiser: claim {claim!r} is not here; use one of {', '.join(CLAIMS)}")
-    rows, claims = list[dict[str, Any]](), list[Claim]()
-    for name, measure in CLAIMS.items():
-        if claim in (None, name):
-            more, measured = measure(quick)
-            rows += more
-            claims.append(measured)
+    rows, claims = of_claims("denoiser", CLAIMS, op, claim, quick)
     if claim is None and not quick and _cannot() is None:
         for case in list(CASES)[1:]:
             for dtype in DTYPES.values():

@@ -22,14 +22,14 @@ from torch import Tensor
 from vivace.bench import e2e_cases as cases
 from vivace.bench import e2e_int8
 from vivace.bench.e2e_cases import DEFAULT_STEPS, TARGET, Case
-from vivace.bench.harness import Candidate, Claim, Timing, interleave, ratio_of_medians, report
+from vivace.bench.harness import Candidate, Claim, Timing, interleave, of_claims, ratio_of_medians, report
 from vivace.bench.memory import Growth
 from vivace.bench.models import MODELS, flops
 from vivace.bench.peers import Peer, absent, prepared, runtime
 from vivace.bench.peers.eager import network
 from vivace.bench.roofline import gemm_peak
 from vivace.bench.solvers import PROMPTS
-from vivace.errors import ArgumentError, BackendError
+from vivace.errors import BackendError
 from vivace.kernels.spec import missing
 
 SEED = 7
@@ -317,15 +317,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
 
 def run(op: str | None = None, claim: str | None = None, quick: bool = False) -> dict[str, Any]:
     """All rows and claims; with `claim`, that one and the rows behind it."""
-    if op is not None:
-        raise ArgumentError("bench e2e: --op belongs to the suite kernels; drop it")
-    if claim is not None and claim not in CLAIMS:
-        raise ArgumentError(f"bench e2e: claim {claim!r} is not here; use one of {', '.join(CLAIMS)}")
-    rows, claims = list[dict[str, Any]](), list[Claim]()
-    for name in CLAIMS if claim is None else [claim]:
-        more, measured = CLAIMS[name](quick)
-        rows += more
-        claims.append(measured)
+    rows, claims = of_claims("e2e", CLAIMS, op, claim, quick)
     if claim is None and _cannot() is None:
         rows += emoji_table(quick)
         if not quick:

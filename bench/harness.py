@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from vivace.errors import ArgumentError
+
 PAUSE = 0.008  # seconds until libgomp's threads sleep
 SPAN = 0.012  # seconds a timed span lasts at least; short candidates are called several times in it
 LEAD = 0.003  # seconds of untimed calls before it: caches, frequency and sleeping threads are up by then
@@ -172,6 +174,25 @@ class Claim:
             "name": self.name, "value": self.value, "interval": None if self.interval is None else list(self.interval),
             "n": self.n, "op": self.op, "bound": self.bound, "holds": self.holds, "how": self.how,
         }  # fmt: skip
+
+
+Measure = Callable[[bool], tuple[list[dict[str, Any]], "Claim"]]  # quick -> the rows behind a claim, and the claim
+
+
+def of_claims(
+    suite: str, measures: Mapping[str, Measure], op: str | None, claim: str | None, quick: bool
+) -> tuple[list[dict[str, Any]], list[Claim]]:
+    """Rows and claims of a suite, or of one claim. Raises ArgumentError for an op, or a claim that is not there."""
+    if op is not None:
+        raise ArgumentError(f"bench {suite}: --op belongs to the suite kernels; drop it")
+    if claim is not None and claim not in measures:
+        raise ArgumentError(f"bench {suite}: claim {claim!r} is not here; use one of {', '.join(measures)}")
+    rows, claims = list[dict[str, Any]](), list[Claim]()
+    for name in measures if claim is None else [claim]:
+        more, measured = measures[name](quick)
+        rows += more
+        claims.append(measured)
+    return rows, claims
 
 
 def report(suite: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Claim]) -> dict[str, Any]:

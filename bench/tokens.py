@@ -18,14 +18,14 @@ from vivace.bench.caching import DTYPE, SECONDS, SEED, Row, Table, interval_of
 from vivace.bench.caching_cases import Base, Method, decibels, described, draw
 from vivace.bench.e2e import emoji_case
 from vivace.bench.e2e_int8 import draw as draw_many
-from vivace.bench.harness import Claim, report
+from vivace.bench.harness import Claim, of_claims, report
 from vivace.bench.tokens_cases import ALL, BASES, CONTROL, KEEPS, RANDOM, UNIPC, Setting, planned, settings
-from vivace.errors import ArgumentError
 from vivace.kernels.spec import missing
 from vivace.metrics import Features, frechet
 from vivace.metrics.quality import Array
 
 PICTURES = 340  # behind a Frechet distance
+DRAWN = (ALL.selector, "deviation", RANDOM)  # selectors with one, on the first base plan
 NAME, BOUND = "tokens.selector_vs_random_db", 0.5
 
 
@@ -55,6 +55,8 @@ def emoji_table(quick: bool) -> list[dict[str, Any]]:
     if not quick:
         features = Features.load(table.case.model.folder)
         for row in rows:
+            if row.base != BASES[0] or row.columns["method"] not in DRAWN:
+                continue
             row.columns["frechet"] = float(frechet(draw_many(table.run, row.plan, PICTURES), features))
     return [row.columns for row in rows]
 
@@ -95,15 +97,7 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
 
 def run(op: str | None = None, claim: str | None = None, quick: bool = False) -> dict[str, Any]:
     """All rows and claims; with `claim`, that one and the rows behind it."""
-    if op is not None:
-        raise ArgumentError("bench tokens: --op belongs to the suite kernels; drop it")
-    if claim is not None and claim not in CLAIMS:
-        raise ArgumentError(f"bench tokens: claim {claim!r} is not here; use one of {', '.join(CLAIMS)}")
-    rows, claims = list[dict[str, Any]](), list[Claim]()
-    for name in CLAIMS if claim is None else [claim]:
-        more, measured = CLAIMS[name](quick)
-        rows += more
-        claims.append(measured)
+    rows, claims = of_claims("tokens", CLAIMS, op, claim, quick)
     if claim is None and missing("cpu") is None:
         rows += emoji_table(quick)
     return report("tokens", rows, claims)

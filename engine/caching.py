@@ -282,7 +282,8 @@ class _Lowering:
             weights = {Action.REUSE: (1.0,), Action.FORECAST: step.forecast[rule.weights : end]}.get(rule.action, ())
             for first, last in self._pieces(variant.model, rule):
                 for branch in rule.branches or variant.branches:
-                    if rule.site in KEYS and not attends(variant, first, branch):
+                    chosen = rule.site == "received" and rule.action in READS  # by selections, whatever attends
+                    if rule.site in KEYS and not chosen and not attends(variant, first, branch):
                         continue
                     cell = Cell(variant.model, rule.site, first, last, branch)
                     out[cell] = _Said(rule.action, rule.order, rule.store, weights)

@@ -105,7 +105,7 @@ def _decided(part: Part, watching: Guard) -> list[Part]:
     if guard is not None:
         return _split(part, state.watch.decide(guard, signal, part.row))
     state.watch.computed(watching, signal)
-    return [part]
+    return [part if part.tokens is None else replace(part, seen=None, places=())]  # a look ran all tokens
 
 
 def _split(part: Part, fired: Sequence[bool]) -> list[Part]:

@@ -54,8 +54,8 @@ class Tokens:
         layout: where tokens lie in latents.
         like: a tensor on the device, of the dtype of predictions.
         values: numbers of the request by input name. mask: [n, *shape], above 0 where selector "mask" computes.
-    Raises: ArgumentError for a mask that touches no token, or more than a row computes; UnsupportedError where a
-        selection needs a number and the request gives a tensor.
+    Raises: ArgumentError for no mask, or one that touches no token or more than a row computes; UnsupportedError where
+        a selection needs a number and the request gives a tensor.
 
     ages int32 [n, N]: rows since each token was computed, 0 in the last evaluated row; run int32 [n, N]: rows up to now
     in which it was computed without a gap; computed int32 [n, N]: evaluations so far that computed it; outs: by branch
@@ -89,7 +89,11 @@ class Tokens:
         self._guided = any(row is not None and row.stale for row in self.plan.rows)
         self._weights = _weights(plan, self.plan.rows, values, like.device)
         self._factors = {row.params: _factors(row, like.device) for row in self.plan.rows if row is not None}
-        self.near = None if mask is None or not _reads_mask(self.plan.rows) else self._near(mask)
+        self.near: Tensor | None = None
+        if _reads_mask(self.plan.rows):
+            if mask is None:
+                raise ArgumentError("request: selector 'mask' goes by input 'mask' as a tensor, not a number")
+            self.near = self._near(mask)
 
     def planes(self, number: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """(planes, weights [1, P]) that row `number` ranks by; none where it ranks by scores."""
@@ -112,8 +116,6 @@ class Tokens:
             words = [philox_words(seed, picture, draw, self.count) >> 8 for seed, picture in drawn]
             return _sent(torch.from_numpy(np.stack(words).astype(np.float32)), self.ages.device)
         if selector == "mask":
-            if self.near is None:
-                raise ArgumentError("selector 'mask' needs a mask: give input 'mask'")
             return self.near
         if selector == "attention":
             assert self.kept is not None, "a request with such a row keeps what tokens received"

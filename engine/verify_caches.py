@@ -69,7 +69,7 @@ class CacheWalk:
     def _read(self, where: str, variant: p.Variant, rule: p.Rule, step: p.Step) -> None:
         need = rule.order + 1 if rule.action == p.Action.FORECAST else 1
         for key in self._walked(where, variant, rule):
-            if rule.site in KEYS and not _attends(variant, key):
+            if rule.site == "kv" and not _attends(variant, key):  # "received" is read by selections, whatever attends
                 continue
             if key in self._parts and 1 < need > self._parts[key][1]:
                 raise PlanError(
@@ -161,7 +161,8 @@ def _cells(variant: p.Variant, rule: p.Rule) -> Iterator[Key]:
     """(model, block, site, branch) cells of a rule; a range counted from the end stands for itself while unbound."""
     first, last = rule.blocks
     blocks: tuple[object, ...] = tuple(range(first, last)) if 0 <= first < last else (rule.blocks,)
-    for branch in rule.branches or variant.branches:
+    one = ("cond",) if rule.site == "merge" else None  # whose map serves all branches
+    for branch in one or rule.branches or variant.branches:
         for block in blocks:
             yield variant.model, block, rule.site, branch
 

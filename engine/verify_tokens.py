@@ -9,6 +9,7 @@ from vivace.engine.token_rows import MEASURED, PARAMETERS, SELECTORS, focused, t
 from vivace.errors import PlanError
 
 MOST_PLANES = 4  # that a selection reads
+MOST_BOUND = 4095  # rows that a selection lets a token go without, by force
 
 
 class TokenWalk:
@@ -59,8 +60,8 @@ class TokenWalk:
         if not 0.0 <= params.get("drop_high", 0.0) <= 1.0 or params.get("starvation", 0.0) < 0.0:
             raise PlanError(f"{where}: selector parameters {params}; need 0 <= drop_high <= 1 and starvation >= 0")
         bound = params.get("bound", -1.0)
-        if bound != int(bound) or not -1.0 <= bound <= 1 << 20:
-            raise PlanError(f"{where}: bound {bound:g}; need a whole number of rows, or -1 for any")
+        if bound != int(bound) or not -1.0 <= bound <= MOST_BOUND:
+            raise PlanError(f"{where}: bound {bound:g}; need a whole number of rows up to {MOST_BOUND}, or -1 for any")
 
     def _token_row(self, where: str, step: p.Step, variant: p.Variant) -> None:
         if step.guard is not None:

@@ -15,6 +15,7 @@ from vivace.engine.compiled import Evaluation
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn, split
 from vivace.engine.merge_rows import merge_row
 from vivace.engine.plan import Plan, Variant
+from vivace.engine.token_rows import focused
 from vivace.engine.tokens import Focus
 
 
@@ -35,12 +36,13 @@ def rehearsed(
     whole = Evaluation(x, lanes, lanes, times, (condition,) * n, (None,) * n)
     try:
         for step, row in zip(plan.steps, cached.rows, strict=True):
-            variant, uses = step.variant, tuple([item.use for item in row.uses])
+            told = [item for item in row.uses if not (item.use.reads and item.use.site == "received")]  # selections'
+            variant, uses = step.variant, tuple([item.use for item in told])
             chosen = step.guard is not None or (guarded and bool(uses))
             if variant is None or chosen or merge_row(variant) is not None or (variant, uses) in done:
                 continue
             done.add((variant, uses))
-            samples = [tuple(Sample(kept, j, item.weights) for j in lanes) for item in row.uses]
+            samples = [tuple(Sample(kept, j, item.weights) for j in lanes) for item in told]
             turns = tuple(Turn(use, variant.model, each) for use, each in zip(uses, samples, strict=True))
             for branches, mine in split(variant.branches, turns):
                 yield replace(whole, turns=mine, focus=_focus(variant, plan, x)), replace(variant, branches=branches)
@@ -50,7 +52,7 @@ def rehearsed(
 
 def _focus(variant: Variant, plan: Plan, x: Tensor) -> Focus | None:
     """The first tokens of samples x, as many as a token row computes; None where it computes all."""
-    if plan.binding is None or variant.keep == plan.binding.tokens:
+    if plan.binding is None or not focused(variant):
         return None
     ids = torch.arange(int(variant.keep), dtype=torch.int32, device=x.device)
     return Focus(ids.expand(len(x), -1).contiguous(), plan.binding.tokens)

@@ -14,10 +14,10 @@ from vivace.engine.passes.token_history import token_history
 from vivace.engine.plan import Action, Args, Plan, Rule, Step, Variant
 from vivace.engine.token_rows import SELECTORS, drop_high_of, focused
 from vivace.engine.verify import STORES, check_conflicts, verify
+from vivace.engine.verify_tokens import MOST_BOUND
 from vivace.errors import ArgumentError, PlanError
 
 NAME = "apply_tokens"
-MOST_WAIT = 1 << 18  # rows, half a bound
 CHOOSING = tuple(name for name in SELECTORS if name != "same")
 
 
@@ -55,7 +55,8 @@ def apply_tokens(
         drop_high: share of the tokens left out that has the highest scores, the rest has the lowest; None: 1 for
             deviation and norm, where the high end is background, else 0.
         starvation: s of exp(-s age), by which a token's distance from the chosen ones shrinks with every row it waits.
-        bound: rows that a token may go without, kept by force; None: 2 ceil(1 / smallest keep). Without for "mask".
+        bound: rows that a token may go without, kept by force; up to 4095; None: 2 ceil(1 / smallest keep).
+            Without for "mask".
         ages: gaps that a multistep solver has coefficients for; older values count as one more.
         store: dtype that keys and values are kept in; None: their own.
     Returns: the plan with its keep column filled and a recipe that names this pass; the plan itself where no
@@ -199,7 +200,8 @@ def _parameters(shares: Sequence[float], said: dict[str, Any]) -> tuple[tuple[st
     if said["selector"] == "mask":
         return ()
     least = min(shares)
-    bound = 2 * math.ceil(min(1.0 / least, MOST_WAIT)) if said["bound"] is None else said["bound"]
+    wait = min(2 * math.ceil(min(1.0 / least, MOST_BOUND)), MOST_BOUND)
+    bound = wait if said["bound"] is None else said["bound"]
     high = drop_high_of(said["selector"]) if said["drop_high"] is None else said["drop_high"]
     return ("bound", float(bound)), ("drop_high", float(high)), ("starvation", float(said["starvation"]))
 

@@ -41,6 +41,15 @@ def test_rows_between_use_the_last_map():
     assert said(made) == wanted
 
 
+def test_a_branch_that_comes_later_uses_the_map_there_is():
+    guided = apply_guidance(euler(), 3.0, interval=(0.3, 1.0))
+    for plan in (guided, guided.bind(SPEC)):
+        made = apply_merge(plan, 0.5, every=100)
+        branches = [step.variant.branches for step in made.steps if step.variant is not None]
+        assert branches[0] == ("cond",) and branches[-1] == ("cond", "uncond")
+        assert [[fresh for *_, fresh in row] for row in said(made)] == [[True]] + [[False]] * (made.nfe - 1)
+
+
 def test_a_share_of_zero_changes_no_row():
     made = apply_merge(GUIDED, 0.0)
     assert made.steps == GUIDED.steps and made.recipe.passes[-1][0] == "apply_merge"

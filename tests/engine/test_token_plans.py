@@ -153,6 +153,7 @@ def test_a_bound_that_cannot_be_kept_is_refused():
         ((KEEP, replace(HALF, selector="taste")), "step 1: selector 'taste'; use one of deviation"),
         ((KEEP, replace(HALF, selector_params=(("bond", 1.0),))), "step 1: selector parameters"),
         ((KEEP, replace(HALF, selector_params=(("bound", 1.5),))), "step 1: bound 1.5"),
+        ((KEEP, replace(HALF, selector_params=(("bound", 4096.0),))), "step 1: bound 4096; .* up to 4095"),
         ((KEEP, replace(HALF, selector_params=(("drop_high", 2.0),))), "drop_high <= 1"),
         ((KEEP, replace(HALF, selector="same")), "step 1: selector 'same'.*keeps 1"),
         ((KEEP, replace(HALF, selector="change")), "step 1: selector 'change'.*two full rows"),
@@ -213,7 +214,7 @@ def test_a_model_that_keeps_no_keys_and_values_says_so():
 
 @pytest.mark.parametrize("keep", [5e-324, 1e-300, 1e-7])
 def test_a_share_next_to_nothing_is_refused_by_its_bound(keep):
-    with pytest.raises(PlanError, match=r"cannot reach each within 524288 rows"):
+    with pytest.raises(PlanError, match=r"cannot reach each within 4095 rows"):
         some(base(5), keep)
     plan = by_hand(KEEP, replace(HALF, keep=keep, selector_params=(("bound", 3.0),)))
     with pytest.raises(PlanError, match=r"step 1: .* raise the bound to \d+, or keep more"):

@@ -11,11 +11,13 @@ import torch
 import vivace
 from tests.engine.tokeny import Tokeny
 from tests.engine.toy import session
+from vivace.engine.executors.rehearsal import rehearsed
 from vivace.engine.focusing import Together
 from vivace.engine.grouping import grouped, whole
+from vivace.engine.kept import KeptMemory
 from vivace.engine.passes import apply_guidance, apply_tokens
 from vivace.engine.request import Request
-from vivace.engine.token_rows import token_rows
+from vivace.engine.token_rows import focused, token_rows
 from vivace.kernels.select_tokens.reference import select_tokens as by_definition
 
 TOKENS = 16
@@ -61,6 +63,25 @@ def test_every_token_by_the_way_of_some_has_the_bits_of_the_plan(selector):
     assert list(range(TOKENS)) in toy.runs
     assert torch.equal(every.latents, run(base(), n=2)[0].latents)
     assert any("no effect" in warning for warning in every.receipt.warnings)
+
+
+def test_a_rehearsed_row_of_every_token_names_them():
+    """A share that comes to all tokens once bound is a token row still: it reads keys and values."""
+    plan, spec = some(keep=0.98).bind(Tokeny().spec), Tokeny().spec
+    x = torch.zeros((2, *spec.latent_shape))
+    found = [(call.focus, focused(variant)) for call, variant in rehearsed(plan, spec, x, 3.0, KeptMemory())]
+    assert [None if focus is None else focus.count for focus, _ in found] == [
+        TOKENS if token else None for _, token in found
+    ]
+    assert any(token for _, token in found)
+
+
+def test_rehearsed_rows_are_handed_what_rows_are():
+    """Attention received is read by selections; a network that is told of it would not be captured."""
+    plan, spec = some(selector="attention").bind(Tokeny().spec), Tokeny().spec
+    calls = rehearsed(plan, spec, torch.zeros((2, *spec.latent_shape)), 3.0, KeptMemory())
+    sites = [{turn.use.site for turn in call.turns} for call, _ in calls if call.focus is not None]
+    assert sites == [{"kv"}]
 
 
 # --- what rows compute ---------------------------------------------------------------------------------------------

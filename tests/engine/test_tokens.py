@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 import vivace
 from tests.engine.test_token_sessions import TOKENS, base, run, some
 from tests.engine.tokeny import SHAPE, Tokeny
+from tests.engine.toy import session
+from vivace.engine.caching import caches
 from vivace.engine.focusing import Member, Together
 from vivace.engine.passes import apply_block_cache, apply_mask
+from vivace.engine.request import Request
 from vivace.engine.token_rows import focused, history_depth, token_rows, tokens_of
 from vivace.engine.tokens import Focus, Tokens
 from vivace.errors import ArgumentError, UnsupportedError
@@ -244,6 +247,16 @@ def test_rows_may_reuse_what_full_rows_kept(sites):
     assert share < run(cached)[0].receipt.caches["computed_share"]
 
 
+def test_attention_ranks_by_the_last_full_row_whatever_is_given_again():
+    """Attention of the last block, which the selection reads, is given again in every token row here."""
+    cached = apply_block_cache(base(9), "fora", interval=3)
+    plan = some(cached, 0.25, first=1, every=3, selector="attention").bind(Tokeny().spec)
+    for i in (0, 3, 6):
+        assert "received" in [item.use.site for item in caches(plan).rows[i].uses]
+    both, _ = run(plan, n=2)
+    assert torch.equal(run(plan, index=1)[0].latents[0], both.latents[1])
+
+
 # --- masks ---------------------------------------------------------------------------------------------------------
 def region(shape=SHAPE, rows=slice(2, 4), columns=slice(2, 6)):
     mask = torch.zeros(shape)
@@ -294,6 +307,8 @@ def test_a_mask_beyond_a_row_is_refused_when_the_request_begins():
         run(plan, image=image, mask=torch.zeros(SHAPE))
     with pytest.raises(ArgumentError, match="needs input 'mask'"):
         run(plan, image=image)
+    with pytest.raises(ArgumentError, match="input 'mask' as a tensor"):
+        session(plan, toy=Tokeny()).begin(Request("red", image=image, mask=1.0))
 
 
 # --- receipts ------------------------------------------------------------------------------------------------------

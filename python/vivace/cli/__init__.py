@@ -182,7 +182,7 @@ def plan_new(
     as_json: Json = False,
 ) -> None:
     """Make a plan and print it; with --out also write it."""
-    from vivace.cli.caches import with_caches
+    from vivace.cli.caches import printed, summary, with_caches
     from vivace.cli.tokens import with_tokens
     from vivace.engine.passes import apply_guidance
     from vivace.engine.plan import Plan
@@ -207,16 +207,17 @@ def plan_new(
     made = with_tokens(with_caches(made, cache), tokens)
     if out is not None:
         made.save(out)
-    _print({"plan": _summary(made), "path": None if out is None else str(out)}, _printed(made), as_json)
+    _print({"plan": summary(made), "path": None if out is None else str(out)}, printed(made), as_json)
 
 
 @plan_app.command("show")
 def plan_show(path: Annotated[Path, typer.Argument(help="Plan file.")], as_json: Json = False) -> None:
     """Print a plan: one line per network evaluation."""
+    from vivace.cli.caches import printed, summary
     from vivace.engine.plan import Plan
 
     plan = Plan.load(path)
-    _print({"plan": _summary(plan)}, _printed(plan), as_json)
+    _print({"plan": summary(plan)}, printed(plan), as_json)
 
 
 @plan_app.command("diff")
@@ -243,6 +244,7 @@ def plan_validate(
     as_json: Json = False,
 ) -> None:
     """Check a plan file: format, side-car, legality, and with --model that it binds."""
+    from vivace.cli.caches import summary
     from vivace.engine.plan import Plan
     from vivace.models.load import open_model
 
@@ -250,7 +252,7 @@ def plan_validate(
     if model is not None:
         plan = plan.bind(open_model(model).spec)
     text = f"{path}: legal, {plan.nfe} evaluations, hash {plan.hash[:12]}" + (f", binds to {model}" if model else "")
-    _print({"valid": True, "plan": _summary(plan)}, text, as_json)
+    _print({"valid": True, "plan": summary(plan)}, text, as_json)
 
 
 @app.command()
@@ -308,30 +310,6 @@ def bench(
 
     data = run(suite, op=op, claim=claim, quick=quick, out=out)
     _print(data, render(data), as_json)
-
-
-def _printed(plan: Any) -> str:
-    from vivace.cli.caches import cached_line
-
-    return "\n".join(part for part in (str(plan), cached_line(plan)) if part)
-
-
-def _summary(plan: Any) -> dict[str, Any]:
-    from vivace.cli.caches import cached_summary
-
-    return {
-        "hash": plan.hash,
-        "prediction": plan.prediction,
-        "rows": len(plan.steps),
-        "nfe": plan.nfe,
-        "branch_evals": plan.branch_evals,
-        "variants": len(plan.variants),
-        "bound": plan.binding is not None,
-        "inputs": [ref.name for ref in plan.inputs],
-        "timesteps": [step.timestep for step in plan.steps],
-        "text": str(plan).splitlines(),
-        **cached_summary(plan),
-    }
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`--cache NAME[:key=value,...]`: a planner of `vivace.planners` by its name, applied to a plan."""
+"""`--cache NAME[:key=value,...]`: a planner of `vivace.planners` by its name, applied to a plan; plans as printed."""
 
 from __future__ import annotations
 
@@ -69,3 +69,25 @@ def cached_line(plan: Plan) -> str:
     size = "size unknown" if found["cache_bytes"] is None else f"{found['cache_bytes'] / 1e6:.3g} MB a picture"
     guards = any(step.guard is not None for step in plan.steps)
     return f"caches  {size}, {found['computed_share']:.1%} of the work computed{' if no guard fires' if guards else ''}"
+
+
+def printed(plan: Plan) -> str:
+    """A plan as text, with the line about its caches."""
+    return "\n".join(part for part in (str(plan), cached_line(plan)) if part)
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    return {
+        "hash": plan.hash,
+        "prediction": plan.prediction,
+        "rows": len(plan.steps),
+        "nfe": plan.nfe,
+        "branch_evals": plan.branch_evals,
+        "variants": len(plan.variants),
+        "bound": plan.binding is not None,
+        "inputs": [ref.name for ref in plan.inputs],
+        "timesteps": [step.timestep for step in plan.steps],
+        "text": str(plan).splitlines(),
+        **cached_summary(plan),
+    }

@@ -35,7 +35,8 @@ def heat_map(image: Image.Image, computed: Any, evaluations: int) -> Image.Image
     levels = np.rint(255.0 * np.clip(counts / max(evaluations, 1), 0.0, 1.0)).astype(np.uint8)
     colours = ImageOps.colorize(Image.fromarray(levels), RARELY, ALWAYS, mid=HALF)
     nearest = Image.Resampling.NEAREST
-    return Image.blend(below.convert("RGB").resize(size, nearest), colours.resize(size, nearest), STRENGTH)
+    grey = below.convert("L").convert("RGB")  # so that colours are the map's
+    return Image.blend(grey.resize(size, nearest), colours.resize(size, nearest), STRENGTH)
 
 
 def heat_maps(frames: Sequence[Image.Image], computed: Any, evaluations: int) -> list[Image.Image]:

@@ -17,7 +17,7 @@ from vivace.engine.caching import caches, computed_share
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn
 from vivace.engine.passes import apply_block_cache
 from vivace.engine.plan import Action, Args, Binding, Plan, Recipe, Rule, Step, Variant
-from vivace.errors import ArgumentError, PlanError
+from vivace.errors import ArgumentError, PlanError, UnsupportedError
 from vivace.models.caching.foreign import Cached
 from vivace.models.caching.layers import layers_in
 
@@ -163,6 +163,23 @@ def test_control_of_the_rim_stays_fresh(depth):
     answer = steered.run(lambda *a, **kw: cached.forward(gives, lanes, *a, **kw))
     given = by_hand(early)[1][len(added) - 1 - depth]
     assert torch.equal(answer, by_hand(late, depth, given, added)[0])
+
+
+@pytest.mark.parametrize("depth", [1, 10])
+def test_an_adapter_inside_blocks_that_do_not_run_whole_is_refused(depth):
+    early, _ = pair(TALL)
+    cached, lanes = Cached(early.module), [(BRANCH, n) for n in range(2)]
+    added = [torch.ones(2, 4, 20, 20), *(torch.ones(2, 8, edge, edge) for edge in (10, 5, 3))]
+
+    def adapted(turns):
+        given = {"down_intrablock_additional_residuals": [each.clone() for each in added]}
+        steered = replace(early, kwargs={**early.kwargs, **given})
+        return steered.run(lambda *a, **kw: cached.forward(turns, lanes, *a, **kw))
+
+    keeps, gives = rows(early, depth)
+    assert torch.equal(adapted(keeps), adapted(()))
+    with pytest.raises(UnsupportedError, match="down_intrablock_additional_residuals: added at the ends of down"):
+        adapted(gives)
 
 
 @pytest.mark.parametrize(

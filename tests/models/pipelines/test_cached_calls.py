@@ -207,6 +207,32 @@ def test_a_run_that_starts_anew_keeps_nothing_of_before():
     assert [row.reused > 0 for row in told.rows][2] is False
 
 
+def test_a_further_call_of_a_step_is_a_branch_of_its_own():
+    """What a network with skipped layers gives is none of what branch "cond" keeps: a weight of 0 changes nothing."""
+    pipe = make("sd3")
+    vivace.accelerate(pipe, cached("sd3", plan_of("sd3", pipe, 4)))
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.25, "skip_layer_guidance_stop": 1.0}
+    plain = picture("sd3", pipe)
+    assert torch.equal(picture("sd3", pipe, skip_layer_guidance_scale=0.0, **skipping), plain)
+    assert not torch.equal(picture("sd3", pipe, **skipping), plain)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_latents_written_in_place_start_a_run_anew_before_its_network_runs(guided):
+    """The older kind of callback is handed the latents themselves, and nobody tells that it wrote there."""
+    pipe = make("pixart")
+    vivace.accelerate(pipe, cached("pixart", plan_of("pixart", pipe, 6, guided), 3))
+
+    def change(step, timestep, latents):
+        if step == 1:
+            latents.mul_(0.9)
+
+    picture("pixart", pipe, num_inference_steps=6, callback=change, callback_steps=1)
+    told = vivace.receipt(pipe)
+    assert told.details["restarts"] == 1 and len(told.rows) == 6
+    assert [row.reused > 0 for row in told.rows][:3] == [False, True, False]
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux_true_cfg", "wan"])
 @pytest.mark.parametrize("guard", ["first_block_cache", "tea_cache"])
 @pytest.mark.parametrize("guided", [False, True])

@@ -1,10 +1,13 @@
 """The native DiT with token rows through sessions: executors agree, bits, mixes of requests, precisions, caches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.models.compiled.test_native import forced, plan_of
 
 import vivace
+from vivace.engine.plan import Action, Guard, Rule
 from vivace.kernels.spec import error_of
 from vivace.models.compiled import native
 from vivace.models.quantized.plain import round_layers
@@ -78,3 +81,19 @@ def test_a_compiled_token_row_allocates_no_arena_in_the_loop(pipe):
         session.step([state])
     assert session.executor.report()["arena"] == before
     session.finish(state)
+
+
+@pytest.mark.parametrize("metric", ["first_block", "modulated_input"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_token_rows_before_a_guard_do_not_go_on_from_its_look(pipe, backend, metric):
+    """A look runs all tokens; a guard of a later row, which never fires here, looks at token rows too."""
+    plan = short(plan_of(pipe, 6), 0.25, last=1).bind(pipe.spec)
+    residual, steps = Rule((1, plan.binding.blocks), "residual", action=Action.COMPUTE), list(plan.steps)
+    full, last = steps[1].variant, steps[5].variant
+    steps[1] = replace(steps[1], variant=replace(full, rules=(*full.rules, residual)))
+    otherwise = replace(last, rules=(replace(residual, action=Action.REUSE),))
+    guard = Guard(metric, "below", -1.0, otherwise, (1.0, 0.0))
+    steps[5] = replace(steps[5], guard=guard)
+    guarded = vivace.verify(replace(plan, steps=tuple(steps), recipe=None))
+    ours, plain = (pipe.compile(each, backend=backend)("tree", n=2).latents for each in (guarded, plan))
+    assert torch.equal(ours, plain)

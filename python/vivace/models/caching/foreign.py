@@ -23,7 +23,7 @@ from vivace.errors import UnsupportedError
 from vivace.models.caching.inside import Memory, Wrap, both, children_of, giving, inside, keeping
 from vivace.models.caching.lanes import Lanes, Rows
 from vivace.models.caching.layers import SITE as LAYER
-from vivace.models.caching.layers import Cut, ends_of, layers_in, nothing, noting, why_not_layers
+from vivace.models.caching.layers import Cut, check_added, ends_of, layers_in, nothing, noting, why_not_layers
 from vivace.models.caching.wiring import HIDDEN, HIDDEN_OUT, STEM, TEXT, Exit, Wiring, half_of, wiring_of
 from vivace.models.pipelines.blocks import ModuleParts
 from vivace.models.pipelines.families import Half
@@ -59,9 +59,9 @@ class Keeper:
         self._before: dict[int, list[Callable[[BlockCall], None]]] = {}
         self._after: dict[int, list[Callable[[BlockOut], None]]] = {}
         self._wraps: dict[int, dict[str, Wrap]] = {}
-        self._exits: dict[int, list[tuple[Memory, Exit, bool]]] = {}  # what a block that does not run is given
+        self.exits: dict[int, list[tuple[Memory, Exit, bool]]] = {}  # what a block that does not run is given
         self._refills: dict[int, list[tuple[Memory, int, int]]] = {}  # skips of the stem that a block is given
-        self._cuts: dict[int, Cut] = {}  # blocks of which some layers run
+        self.cuts: dict[int, Cut] = {}  # blocks of which some layers run
         self._stem: Tensor | None = None
         for turn in turns:
             self._add(turn, turns)
@@ -112,10 +112,10 @@ class Keeper:
         ahead, behind = ends_of(self.parts, first, last)
         if memory.use.reads:
             for block in range(ahead.block + (ahead.place > 0), behind.block):
-                self._exits.setdefault(block, [])
+                self.exits.setdefault(block, [])
             if ahead.place:
-                self._cuts[ahead.block] = Cut(slice(0, ahead.place), self.wiring.written[ahead.block])
-            self._cuts[behind.block] = Cut(slice(behind.place, None), memory=memory)
+                self.cuts[ahead.block] = Cut(slice(0, ahead.place), self.wiring.written[ahead.block])
+            self.cuts[behind.block] = Cut(slice(behind.place, None), memory=memory)
         elif behind.place:
             block = self.parts.module.get_submodule(self.parts.blocks[behind.block].name)
             self._wraps.setdefault(behind.block, {}).update(noting(block, behind, memory))
@@ -134,13 +134,13 @@ class Keeper:
     def give_range(self, memory: Memory, first: int, last: int) -> None:
         """Blocks [first, last) do not run; what leaves them is given."""
         for block in range(first, last):
-            self._exits.setdefault(block, [])
+            self.exits.setdefault(block, [])
         for exit_ in self.wiring.exits(first, last):
             if exit_.block == STEM:
                 skip = self.wiring.skips[exit_.part - 2]
                 self._refills.setdefault(skip.consumer, []).append((memory, exit_.part, skip.taken))
             else:
-                self._exits[exit_.block].append((memory, exit_, False))
+                self.exits[exit_.block].append((memory, exit_, False))
 
     def _keep_residual(self, memory: Memory, part: int, first: int, last: int) -> None:
         """Keep hidden states out minus in, and the text's likewise."""
@@ -152,10 +152,10 @@ class Keeper:
 
     def _give_residual(self, memory: Memory, part: int, first: int, last: int) -> None:
         for block in range(first, last):
-            self._exits.setdefault(block, [])
-        self._exits[last - 1].append((memory, Exit(part, last - 1), True))
+            self.exits.setdefault(block, [])
+        self.exits[last - 1].append((memory, Exit(part, last - 1), True))
         if (writer := self.wiring.writer(first, last)) is not None:
-            self._exits[writer].append((memory, Exit(part + 1, writer), True))
+            self.exits[writer].append((memory, Exit(part + 1, writer), True))
 
     # --- the turn of a block -----------------------------------------------------------------------------------------
     def __call__(self, call: BlockCall) -> BlockOut:
@@ -169,9 +169,9 @@ class Keeper:
             self._stem = call.hidden
         for before in self._before.get(block, ()):
             before(call)
-        out = self._given(call) if block in self._exits else call.compute(**self._changes(call))
-        if block in self._cuts:
-            out = self._cuts[block].filled(out)
+        out = self._given(call) if block in self.exits else call.compute(**self._changes(call))
+        if block in self.cuts:
+            out = self.cuts[block].filled(out)
         for after in self._after.get(block, ()):
             after(out)
         return out
@@ -189,7 +189,7 @@ class Keeper:
             for memory, part, index in refills:
                 skips[index] = self._refilled(memory, part, skips[index])
             changes["skips"] = tuple(skips)
-        if (cut := self._cuts.get(call.info.index)) is not None:
+        if (cut := self.cuts.get(call.info.index)) is not None:
             changes |= cut.changes(call, changes.get("inside"))
         return changes
 
@@ -213,7 +213,7 @@ class Keeper:
         resized, context = self.wiring.resized, call.context
         hidden = nothing(call.hidden) if resized else call.hidden
         skips = [hidden] * self.wiring.written[call.info.index]  # nobody reads those that are not given
-        for memory, exit_, residual in self._exits[call.info.index]:
+        for memory, exit_, residual in self.exits[call.info.index]:
             if exit_.place is not None and exit_.place != HIDDEN_OUT:
                 skips[exit_.place] = memory.give(exit_.part, call.hidden)
                 continue
@@ -272,7 +272,7 @@ class Cached:
         **kwargs: Any,
     ) -> Any:
         """The network's forward on these rows, a branch and a sample's position each, as the turns say."""
-        return self.parts.forward(self.keeper(turns, rows, focus), *args, **kwargs)
+        return self.run(self.keeper(turns, rows, focus), *args, **kwargs)
 
     def keeper(
         self,
@@ -299,6 +299,7 @@ class Cached:
 
     def run(self, keeper: Keeper, *args: Any, **kwargs: Any) -> Any:
         """The network's forward by an interceptor of this network."""
+        check_added(kwargs, [self.parts.blocks[index].kind for index in (*keeper.exits, *keeper.cuts)])
         if keeper.merger is not None:
             keeper.merger.see(args, kwargs)
         return self.parts.forward(keeper, *args, **kwargs)

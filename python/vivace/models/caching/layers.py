@@ -7,7 +7,7 @@ Source: Ma et al. 2023 (DeepCache), section 3.2: "skip branches", one a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vivace.engine.denoiser import BlockCall, BlockOut
+from vivace.errors import UnsupportedError
 from vivace.models.caching.inside import Memory, Wrap, inside
 from vivace.models.caching.wiring import HIDDEN
 from vivace.models.pipelines.blocks import ModuleParts
@@ -44,6 +45,16 @@ def why_not_layers(parts: ModuleParts, first: int, last: int) -> str | None:
             f"not run; at most {first + 1} may run, one more than ahead"
         )
     return None
+
+
+def check_added(kwargs: Mapping[str, Any], given: Iterable[str]) -> None:
+    """Raise UnsupportedError for what an adapter adds inside down blocks, where one of a kind `given` is not run."""
+    name = "down_intrablock_additional_residuals"
+    if kwargs.get(name) is not None and "down" in given:
+        raise UnsupportedError(
+            f"{name}: added at the ends of down blocks, of which this row does not run some, or not all layers; use a "
+            "plan without caches of blocks and layers"
+        )
 
 
 def ends_of(parts: ModuleParts, first: int, last: int) -> tuple[Layer, Layer]:

@@ -39,7 +39,7 @@ NOTHING = KeptRows()
 
 
 class _Found(NamedTuple):
-    """Memory of the rows of one structure. reads: turns that read planes, in order; slabs: with where they lay."""
+    """Memory of the rows of one structure. reads: turns that read planes, in order; slabs: with the serial of their memory."""
 
     uses: _C.DitUses
     reads: tuple[int, ...]
@@ -83,7 +83,7 @@ class KeptMemories:
         whose = tuple([(self._number(sample.kept), sample.picture) for sample in samples])
         key = part.branches, shape, whose, uses_of(part.turns), part.focus is None
         found = known.get(key)
-        if found is None or any(slab.values.data_ptr() != place for slab, place in found.slabs):
+        if found is None or any(slab.serial != serial for slab, serial in found.slabs):
             found = known[key] = _memory(part, rows, shape, self.heads)
         return found
 
@@ -114,7 +114,7 @@ def _memory(part: Part, rows: int, shape: tuple[int, int], heads: Likes) -> _Fou
     slabs = {id(slab): slab for places in taken for slab, _ in places}.values()
     reads = tuple(event.turn for event in events if event.action == APPLY)
     kept = _C.DitUses(told, values, scales, rows)
-    return _Found(kept, reads, tuple((slab, slab.values.data_ptr()) for slab in slabs))
+    return _Found(kept, reads, tuple((slab, slab.serial) for slab in slabs))
 
 
 def _places(part: Part, turn: Turn, shape: tuple[int, int], heads: Likes) -> list[tuple[Slab, Sequence[int]]]:

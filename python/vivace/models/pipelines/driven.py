@@ -112,7 +112,8 @@ class Driven:
     # --- what the pipeline asks its network -------------------------------------------------------------------------
     def evaluate(self, name: str, networks: Mapping[str, Network], args: Any, kwargs: Any) -> tuple[Any, int]:
         """(what the pipeline is handed, branches evaluated) of one network call."""
-        if self.changed and not self._calls and self._stepper is not None and self._at % self.order == 0:
+        touched = self.changed or (self._returned is not None and version_of(self._returned) != self._version)
+        if touched and not self._calls and self._stepper is not None and self._at % self.order == 0:
             self._restart()
         step = self._row()
         self._calls += 1
@@ -149,7 +150,9 @@ class Driven:
         style, batch = self.style, batch_of(args, kwargs)
         if self.guided and style is not None and not style.separate:
             self._samples = self._samples or batch // 2
-            return style.order if batch == 2 * self._samples else ("cond",)
+            if batch == 2 * self._samples:
+                return style.order
+            return ("cond",) if self._calls == 1 else (f"call {self._calls}",)  # of skipped layers, say
         return ("cond", "uncond")[self._calls - 1 : self._calls] or (f"call {self._calls}",)
 
     def _model(self, asked: str, planned: str, networks: Mapping[str, Network]) -> str:
