@@ -39,7 +39,7 @@ NOTHING = KeptRows()
 
 
 class _Found(NamedTuple):
-    """Memory of the rows of one structure. reads: turns that read planes, in order; slabs: with the serial of their memory."""
+    """Memory of the rows of one structure. reads: turns that read planes, in order; slabs: with their serials."""
 
     uses: _C.DitUses
     reads: tuple[int, ...]
