@@ -1,6 +1,7 @@
 """Tests marked `backend(name)` run where that backend can run; elsewhere they are deselected, with the reason told.
 
 Under VIVACE_REQUIRE_EXT=1 tests of the cpu backend are never deselected: without vivace._C they fail.
+VIVACE_TEST_PART=k/n: each n-th test of a run alone, from the k-th on, so that n processes share it.
 """
 
 import os
@@ -17,6 +18,7 @@ def pytest_configure(config):
     config.stash[REASONS] = {}
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
@@ -28,6 +30,9 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+    if part := os.environ.get("VIVACE_TEST_PART"):
+        first, count = map(int, part.split("/"))
+        items[:] = items[first::count]
 
 
 def reason_to_drop(backend):
