@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 530  # seconds of everything, unless LIMIT says otherwise
 LEAST = 5  # seconds that must be left for a step to begin
 TAIL = 15  # lines of a failed step's log that are shown and recorded
-GRAPHS = "tests/models/compiled/test_graphs_on_device.py"
+GRAPHS = "tests/models/compiled/graphs_on_device.py"
 TRAINING = ("--updates", "300", "--every", "100", "--batch", "256")
 
 

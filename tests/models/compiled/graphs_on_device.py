@@ -1,4 +1,4 @@
-"""Captured rows on a GPU: bench/gpu.sh runs these there. Without one, stand-ins do (test_cached_graphs)."""
+"""Captured rows on a GPU: bench/gpu.sh runs this file there. Without one, stand-ins do (test_cached_graphs)."""
 
 import pytest
 import torch
@@ -6,8 +6,6 @@ from tests.models.compiled.test_native import plan_of
 
 import vivace
 from vivace.kernels.spec import UNIT_ROUNDOFF, error_of
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are of a CUDA device, and there is none")
 
 FORA = {"interval": 2, "blocks": (1, 0)}
 TAYLOR = {"interval": 3, "order": 1, "first": 1, "blocks": (1, 0)}
