@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.plan import Plan
+from vivace.engine.plan_io import tensor_infos
 from vivace.engine.sample import sample
 from vivace.engine.solvers import solver_rows
 from vivace.engine.solvers.rows import start_from_noise
@@ -274,7 +275,8 @@ def even_grid(schedule: NoiseSchedule, steps: int, warm_up: int = 1) -> Grid:
 def plan_on(grid: Grid, solver: str, prediction: str, options: Mapping[str, Any] | None = None) -> Plan:
     """A plan of `solver` on a grid made by hand; its first state is c * noise, c = |level 0|."""
     rows = solver_rows(solver, grid, prediction, options or {})
-    return verify(Plan(rows, prediction, start_from_noise(math.hypot(*grid.level(0)))))
+    start = start_from_noise(math.hypot(*grid.level(0)))
+    return verify(Plan(rows.steps, prediction, start, None, tensor_infos(rows.arrays), arrays=rows.arrays))
 
 
 def trajectory_error(grid: Grid, solver: str, prediction: str, options: Mapping[str, Any], seed: int = 3) -> float:

@@ -112,11 +112,14 @@ def check_origin(what: str, measured: Mapping[str, Any], binding: Binding) -> No
 
 
 def _check_recipe(plan: Plan, binding: Binding) -> None:
-    """Passes that were planned from a calibration table fit the model it was made of only. Raises ModelError."""
-    for name, args in () if plan.recipe is None else plan.recipe.passes:
-        measured = dict(args.items).get("measured")
-        if isinstance(measured, Args):
-            check_origin(name, measured.to_dict(), binding)
+    """Solvers and passes that a calibration table was read for fit the model it was made of only. Raises ModelError."""
+    if plan.recipe is None:
+        return
+    for name, args in ((plan.recipe.maker, plan.recipe.arguments), *plan.recipe.passes):
+        values = dict(args.items)
+        for measured in (values.get("measured"), values.get("table")):
+            if isinstance(measured, Args) and "fingerprint" in dict(measured.items):
+                check_origin(str(values.get("solver", name)), measured.to_dict(), binding)
 
 
 def _bind_variant(where: str, variant: Variant, spec: ModelSpec, tokens: int) -> Variant:

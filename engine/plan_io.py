@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def tensor_infos(arrays: Mapping[str, Any]) -> tuple[p.TensorInfo, ...]:
         p.TensorInfo(key, tuple(int(n) for n in array.shape), array.dtype.name, _sha(array))
         for key, array in sorted((key, np.asarray(array)) for key, array in arrays.items())
     )
+
+
+def with_tensors(plan: p.Plan, arrays: Mapping[str, Any]) -> p.Plan:
+    """The plan with these arrays in its side-car too. Raises PlanError for a key it has already."""
+    if taken := sorted(arrays.keys() & plan.arrays.keys()):
+        raise PlanError(f"plan: its side-car has a tensor {taken[0]!r} already; name another key")
+    merged = {**plan.arrays, **arrays}
+    return replace(plan, tensors=tensor_infos(merged), arrays=merged)
 
 
 def _sha(array: Any) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vivace.engine import from_diffusers
+from vivace.engine import from_diffusers, tables
 from vivace.engine.from_diffusers import first_row
 from vivace.engine.interchange.replay import CACHES, replay
 from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.plan import PREDICTIONS, Args, Plan, Recipe
-from vivace.engine.solvers import SOLVERS, solver_options, solver_rows
+from vivace.engine.plan_io import tensor_infos
+from vivace.engine.solvers import PER_ROW, SOLVERS, solver_options, solver_rows
 from vivace.engine.solvers.rows import start_from_latent, start_from_noise
 from vivace.engine.timesteps import choose, make_grid, numbers
 from vivace.engine.verify import verify
@@ -34,7 +35,8 @@ def make_plan(
     """A plan of `steps` evaluations; needs no model.
 
     Args:
-        solver, options: a name of `solvers.SOLVERS` and its own options.
+        solver, options: a name of `solvers.SOLVERS` and its own options; table= of a calibrated one: a file of
+            `vivace calibrate --solver` or a table; the plan then fits the model it was measured on only.
         prediction: what the network returns, "eps" | "x0" | "v" | "flow".
         grid, timesteps, sigmas, final: see `timesteps.make_grid`; grid None: "karras" for EDM, else "uniform".
     Returns: a verified, unbound plan. First state: c * noise, c = 1 (VP, flow) or the first sigma (EDM).
@@ -53,6 +55,8 @@ def make_plan(
     choose("prediction", prediction, PREDICTIONS)
     for option in options:
         choose(f"{solver}: option", option, tuple(solver_options(solver)))
+    if options.get("table") is not None:
+        options["table"] = tables.reference(solver, options["table"], solver)
     try:
         recorded = Args.of(arguments | options)
     except TypeError as error:
@@ -161,7 +165,12 @@ def _make(arguments: Args, tail: float | None = None) -> Plan:
     for name in ("disable_corrector", "cached"):  # these name rows of the full plan
         if first and name in values:
             values[name] = [row - first for row in values[name] if name != "cached" or row >= first]
+    for name in PER_ROW & values.keys():
+        values[name] = values[name][first:] if isinstance(values[name], list) else values[name]
+    if values.get("table") is not None:
+        values["table"] = tables.resolve(solver, values["table"], solver)
     rows = solver_rows(solver, grid.tail(first), prediction, values)
     scale = grid.sigmas[0] if schedule.kind == "edm" else 1.0
     init = start_from_noise(scale) if tail is None else start_from_latent(grid.level(first))
-    return verify(Plan(rows, prediction, init, Recipe("make_plan", arguments, tail)))
+    recipe = Recipe("make_plan", arguments, tail)
+    return verify(Plan(rows.steps, prediction, init, recipe, tensor_infos(rows.arrays), arrays=rows.arrays))

@@ -28,12 +28,14 @@ class Grid:
     """N rows and a final level. timesteps [N]: as fed to the network; alphas, sigmas [N + 1]: last of the result.
 
     schedule: where the levels come from; solvers that evaluate between two rows, or interpolate in t, need it.
+    first: rows of the full grid before these, of a tail.
     """
 
     timesteps: tuple[float, ...]
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
     schedule: NoiseSchedule | None = field(default=None, compare=False, repr=False)
+    first: int = field(default=0, compare=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -50,7 +52,8 @@ class Grid:
 
     def tail(self, first: int) -> Grid:
         """The grid from row `first` on."""
-        return Grid(self.timesteps[first:], self.alphas[first:], self.sigmas[first:], self.schedule)
+        cut = self.timesteps[first:], self.alphas[first:], self.sigmas[first:]
+        return Grid(*cut, self.schedule, self.first + first)
 
     def known_schedule(self) -> NoiseSchedule:
         """`schedule`. Raises ArgumentError when the grid was made without one."""

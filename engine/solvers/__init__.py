@@ -1,6 +1,7 @@
 """Solvers: functions from a grid to rows of float64 coefficients, none with a loop over a network.
 
-A solver is `solver(grid, prediction, *, option=default, ...) -> tuple[Step, ...]`: its keywords are its options.
+A solver is `solver(grid, prediction, *, option=default, ...) -> tuple[Step, ...]`, or `Rows` where some coefficients
+are tensors: its keywords are its options. One with an option `table` is handed the calibration table itself.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from vivace.engine.solvers.flow_euler import flow_euler
 from vivace.engine.solvers.heun import euler, flow_heun, heun
 from vivace.engine.solvers.lcm import lcm
 from vivace.engine.solvers.pndm import ipndm, pndm
+from vivace.engine.solvers.rows import Rows
 from vivace.engine.solvers.singlestep import dpm_solver, dpmpp_2s
 from vivace.engine.solvers.unipc import unipc
 from vivace.engine.timesteps import Grid, choose
 
-__all__ = ["SOLVERS", "solver_options", "solver_rows"]
+__all__ = ["PER_ROW", "SOLVERS", "solver_options", "solver_rows"]
 
-SOLVERS: Mapping[str, Callable[..., tuple[Step, ...]]] = {
+PER_ROW = frozenset[str]()  # options that hold one value a row; a tail takes those of its rows
+
+SOLVERS: Mapping[str, Callable[..., tuple[Step, ...] | Rows]] = {
     solver.__name__: solver
     for solver in (
         ddim,
@@ -56,9 +60,10 @@ def solver_options(name: str) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def solver_rows(name: str, grid: Grid, prediction: str, options: Mapping[str, Any]) -> tuple[Step, ...]:
+def solver_rows(name: str, grid: Grid, prediction: str, options: Mapping[str, Any]) -> Rows:
     """The rows of solver `name` on a grid. Raises ArgumentError for an unknown solver, option or option value."""
     known = tuple(solver_options(name))
     for option in options:
         choose(f"{name}: option", option, known)
-    return SOLVERS[name](grid, prediction, **options)
+    made = SOLVERS[name](grid, prediction, **options)
+    return made if isinstance(made, Rows) else Rows(made, {})

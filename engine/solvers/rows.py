@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vivace.engine.plan import PREDICTIONS, Affine, Coef, Op, Step, Transform
 from vivace.engine.prediction import to_eps, to_flow, to_x0
@@ -13,9 +17,18 @@ from vivace.engine.timesteps import Grid, choose
 from vivace.errors import ArgumentError
 
 Level = tuple[float, float]
+Arrays = Mapping[str, NDArray[np.floating[Any]]]
 FORMS = ("x0", "eps", "flow", "out")
 HISTORIES = ("own", "lower_order", "computed")
 CONVERSIONS = {"x0": to_x0, "eps": to_eps, "flow": to_flow}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows whose coefficients are in part tensors: the side-car's arrays by the keys that their `TensorRef`s name."""
+
+    steps: tuple[Step, ...]
+    arrays: Arrays
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,4 +34,4 @@ def flow_grid(lams=LAMS):
 
 
 def plan_on(grid, solver, prediction="x0", **options):
-    return Plan(solver_rows(solver, grid, prediction, options), prediction, start_from_noise(1.0))
+    return Plan(solver_rows(solver, grid, prediction, options).steps, prediction, start_from_noise(1.0))

@@ -31,7 +31,7 @@ def grid_of(lams):
 
 
 def plan_on(grid, solver, prediction="x0", **options):
-    return Plan(solver_rows(solver, grid, prediction, options), prediction, start_from_noise(1.0))
+    return Plan(solver_rows(solver, grid, prediction, options).steps, prediction, start_from_noise(1.0))
 
 
 # Last step of lam = (-2, -1, 0.2, 1.5), newest history first, eight decimals.

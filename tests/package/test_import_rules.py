@@ -29,9 +29,18 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("engine.timesteps", (*PLAN, "engine.noise_schedule"), {"numpy"}),
     ("engine.solvers", (*PLAN, "engine.noise_schedule", "engine.timesteps", "engine.solvers"), {"numpy"}),
     ("engine.forecast", (), set()),
+    (
+        "engine.tables",
+        (*PLAN, "engine.plan_io", "engine.plan_codec", "engine.calibrate.table"),
+        {"numpy"},
+    ),
     ("engine.planners", (*PLAN, "engine.forecast", "engine.planners"), {"numpy"}),
     ("engine.passes.token_history", (*PLAN, "engine.noise_schedule"), set()),
-    ("engine.passes", (*PLAN, "engine.passes", "engine.planners"), {"numpy"}),
+    (
+        "engine.passes",
+        (*PLAN, *MAKING, "engine.passes", "engine.planners", "engine.tables", "engine.plan_io"),
+        {"numpy"},
+    ),
     *((name, (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}) for name in FROM_DIFFUSERS),
     ("engine.from_diffusers", (*PLAN, *MAKING, *FROM_DIFFUSERS), {"numpy"}),
     (
@@ -44,7 +53,10 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ),
     (
         "engine.planning",
-        (*PLAN, *MAKING, "engine.passes", "engine.from_diffusers", "engine.interchange"),
+        (
+            *(*PLAN, *MAKING, "engine.passes", "engine.from_diffusers", "engine.interchange"),
+            *("engine.tables", "engine.plan_io"),
+        ),
         {"numpy"},
     ),
     ("engine.machine", ("kernels", "_C"), {"torch"}),
