@@ -13,7 +13,7 @@ demo: $(STAMP)
 	@echo "pictures: demo.png"
 
 test: $(STAMP) lint types
-	VIVACE_REQUIRE_EXT=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 VIVACE_REQUIRE_EXT=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -67,9 +67,10 @@ def plans() -> list[Plan]:
                     (("apply_guidance", Args.of({"scale": 4.0})),))  # fmt: skip
     guided = Plan(rows, "eps", start, recipe)
     arrays = {name: np.linspace(-1, 1, 192, dtype=kind).reshape(SHAPE) for name, kind in (("mean", "f4"), ("w", "f8"))}
-    cached = Plan(
-        (*rows[:2], _cached(), _some_tokens(), _clamped()), "eps", start, recipe, tensor_infos(arrays), arrays=arrays
-    )
+    arrays |= {"gains": np.linspace(0, 1, 2), "basis": np.linspace(-1, 1, 384, dtype="f4").reshape(2, *SHAPE)}
+    last = _cached(), _some_tokens(), _clamped()
+    infos, results = tensor_infos(arrays), ("x", "z")
+    cached = Plan((*rows[:2], *last), "eps", start, recipe, infos, arrays=arrays, results=results)
     rules = (Rule((0, 2), action=Action.COMPUTE, order=1), Rule((-2, 0), "attn", ("cond",), precision="int8"))
     rows = tuple(replace(row, variant=replace(GUIDED, rules=rules)) for row in rows)
     return [euler, guided, cached, Plan(rows, "eps", start).bind(SPEC)]
@@ -112,6 +113,7 @@ def _clamped() -> Step:
     ops = (
         Affine("z", (("x", TensorRef("w")), ("one", 0.5))),
         Transform("clamp", "z", (), (("low", -1.0), ("high", InputRef("limit", 1.0)))),
+        Transform("low_rank", "z", (), (("gains", TensorRef("gains")), ("basis", TensorRef("basis")))),
         Affine("x", (("z", 1.0), ("x", InputRef("mask")))),
     )
     return Step(0.0, 1.0, 0.0, ops, None)

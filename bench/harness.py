@@ -249,18 +249,23 @@ def commit() -> str | None:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """A report as text."""
+    """A report as text: its own `table`, lines, where it has one, else a line a row."""
     lines = [f"{data['suite']} on {data['machine']['cpu']}, {data['machine']['threads']} threads"]
-    columns = [name for name in COLUMNS if any(name in row for row in data["rows"])]
-    cells = [tuple(columns), *(tuple(_cell(row.get(column)) for column in columns) for row in data["rows"])]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines += data["table"] if "table" in data else _table(data)
     for claim in data["claims"]:
         verdict = {True: "holds", False: "FAILS", None: "not measured"}[claim["holds"]]
         lines.append(
             f"{claim['name']} = {_cell(claim['value'])} {claim['op']} {claim['bound']}: {verdict}; {claim['how']}"
         )
     return "\n".join(lines)
+
+
+def _table(data: Mapping[str, Any]) -> list[str]:
+    """A line of column names, a line a row."""
+    columns = [name for name in COLUMNS if any(name in row for row in data["rows"])]
+    cells = [tuple(columns), *(tuple(_cell(row.get(column)) for column in columns) for row in data["rows"])]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def _cell(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vivace.bench import caching_cases, e2e, solvers
+from vivace.bench import caching_cases, e2e, solvers, solvers_guidance, solvers_search
 from vivace.bench.artefacts import Artefact, folder, megabytes
 from vivace.bench.int8_weights import int8_weights
 from vivace.bench.models import MODELS
@@ -40,6 +40,9 @@ def artefacts() -> Iterator[Artefact]:
             yield int8_weights(model)
             if name == "emoji":
                 yield from (caching_cases.table_artefact(e2e.emoji_case(), base) for base in caching_cases.BASES)
+                yield from solvers_search.artefacts()
+                yield from (solvers_guidance.tables(guidance) for guidance in solvers_guidance.GUIDANCE)
+                yield solvers_guidance.adaptive(solvers_guidance.GUIDANCE[0])
         if runtime("onnx_runtime").why_not("float32") is None and everything:
             yield graphs.onnx_int8(model, "dynamic")
         if runtime("open_vino").why_not("float32") is None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vivace.bench import oracle
+from vivace.bench import oracle, solvers_guidance, solvers_search
 from vivace.bench.harness import Claim, report
 from vivace.engine.passes import apply_guidance
 from vivace.engine.plan import Plan
@@ -237,6 +237,8 @@ CLAIMS: Mapping[str, Callable[[bool], tuple[list[dict[str, Any]], Claim]]] = {
     "solvers.gauss.unipc3_vs_ddim_error_ratio_at_20": ratio_claim,
     "solvers.from_diffusers_agree_fraction": agree_claim,
     "solvers.from_diffusers_deviate": deviate_claim,
+    solvers_search.NAME: solvers_search.nfe_claim,
+    solvers_guidance.CLAIM: solvers_guidance.guidance_claim,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from vivace.engine.low_rank import shapes_of
 from vivace.engine.plan import Args, Binding, Plan, Rule, Variant
 from vivace.engine.token_layout import Layout
 from vivace.engine.verify import check_conflicts, said, verify
@@ -70,8 +71,9 @@ def bind_plan(plan: Plan, spec: ModelSpec, shape: tuple[int, ...] | None = None)
             "make the plan with the model's prediction"
         )
     _check_recipe(plan, binding)
+    mapped = shapes_of(plan, shape)
     for info in plan.tensors:
-        if info.shape != shape:
+        if info.shape != mapped.get(info.key, shape):
             raise PlanError(f"bind: side-car tensor {info.key!r} has shape {info.shape}, the latent {shape}")
     bound: dict[Variant, Variant] = {}  # rows mostly share a few
     cells = 0
@@ -118,13 +120,13 @@ def _check_recipe(plan: Plan, binding: Binding) -> None:
     for name, args in ((plan.recipe.maker, plan.recipe.arguments), *plan.recipe.passes):
         values = dict(args.items)
         for measured in (values.get("measured"), values.get("table")):
-            if isinstance(measured, Args) and "fingerprint" in dict(measured.items):
+            if isinstance(measured, Args) and (measured is values.get("measured") or "sha256" in dict(measured.items)):
                 check_origin(str(values.get("solver", name)), measured.to_dict(), binding)
 
 
 def _bind_variant(where: str, variant: Variant, spec: ModelSpec, tokens: int) -> Variant:
     """`variant`, whose ranges are absolute already, with a token count and rules in normal form."""
-    missing = set(variant.branches) - set(spec.branches)
+    missing = set(variant.branches) - {*spec.branches, "perturbed"}  # which is cond, computed otherwise
     if missing:
         raise PlanError(f"{where}: branches {sorted(missing)} are not offered by model {spec.name!r} {spec.branches}")
     keep = token_count(variant.keep, tokens, spec.token_group)

@@ -28,7 +28,9 @@ class Denoiser(Protocol):
     models: names of its networks as plans call them, "main" first; precisions: in which `evaluate` runs blocks, where
     a variant names them; digest: of the quantized weights it has for that, "" without; sites: of blocks, that it can
     keep and give again (with "kv" among them it runs rows that compute some tokens, with "received" it tells what
-    attention these received, with "merge" it merges); metrics: of guards that `look` knows.
+    attention these received, with "merge" it merges); metrics: of guards that `look` knows. One that takes further
+    numbers, an embedded guidance scale, has `takes`, their names, and `feed(condition, numbers)`, which adds them; one
+    that can replace attention maps by the identity has `identity` True.
     """
 
     spec: ModelSpec
@@ -241,13 +243,14 @@ class Parts(Protocol):
 
 
 class CallableDenoiser:
-    """A plain function denoiser(x, t) or denoiser(x, t, branch=...) as a `Denoiser` for `vivace.sample`."""
+    """A plain function denoiser(x, t), denoiser(x, t, branch=..., guidance=[n]) as a `Denoiser` for `vivace.sample`."""
 
     models: tuple[str, ...] = ("main",)
     precisions: frozenset[str] = frozenset()
     digest: str = ""
     sites: frozenset[str] = frozenset()
     metrics: frozenset[str] = frozenset()
+    takes: frozenset[str] | None = None  # any further input, by keyword
 
     def __init__(self, call: Callable[..., Tensor], prediction: str, shape: tuple[int, ...], like: Tensor) -> None:
         self.call = call
@@ -256,6 +259,10 @@ class CallableDenoiser:
 
     def encode(self, prompt: Any) -> None:
         return None
+
+    def feed(self, condition: None, numbers: Mapping[str, float]) -> Mapping[str, float]:
+        """Numbers that the function is called with, by keyword."""
+        return numbers
 
     def evaluate(
         self,
@@ -269,9 +276,10 @@ class CallableDenoiser:
         merging: Merging | None = None,
     ) -> tuple[Tensor, ...]:
         t = torch.tensor(timesteps, dtype=x.dtype, device=x.device)
+        fed = {name: t.new_tensor([numbers[name] for numbers in conditions]) for name in conditions[0] or ()}
         if variant.branches == ("cond",):
-            return (self.call(x, t),)
-        return tuple(self.call(x, t, branch=branch) for branch in variant.branches)
+            return (self.call(x, t, **fed),)
+        return tuple(self.call(x, t, branch=branch, **fed) for branch in variant.branches)
 
     def why_not_kept(self, site: str, blocks: tuple[int, int]) -> str:
         return "a plain function has no blocks"

@@ -13,7 +13,8 @@ from torch import Tensor
 from vivace.engine.caching import RowUse, free_of_x
 from vivace.engine.executors import Group, KernelRows
 from vivace.engine.focusing import Member, Together
-from vivace.engine.guards import watched
+from vivace.engine.guards import HEARD, watched
+from vivace.engine.guiding import Hearers, hears
 from vivace.engine.kept import Sample, Seen, Turn
 from vivace.engine.merge_rows import merge_row
 from vivace.engine.merging import MergeSample, Merging
@@ -74,7 +75,10 @@ def chosen(states: Sequence[State], look: Look) -> list[Part]:
     parts: list[Part] = []
     looks: dict[Hashable, list[Part]] = {}
     for state in states:
-        part = whole(state)
+        part, own = whole(state), state.plan.steps[state.row].guard
+        if own is not None and own.metric in HEARD and state.watch is not None:
+            parts += _split(part, state.watch.recall(own, state.row))
+            continue
         guard = watched(state.plan, state.row) if state.watch is not None else None
         if guard is None or state.watch is None:
             parts.append(part)
@@ -188,7 +192,19 @@ def group_of(parts: Sequence[Part]) -> Group:
         None if first.seen is None else first.seen.pick([place for part in parts for place in part.places]),
         merging=_merging(parts),
         tokens=_together(parts),
+        hearers=_hearers(parts),
     )
+
+
+def _hearers(parts: Sequence[Part]) -> Hearers | None:
+    """Who notes what a group predicts; None where no plan of it asks."""
+    asked = [part.state.watch if part.variant is not None and hears(part.state.plan) else None for part in parts]
+    if not any(asked):
+        return None
+    found: list[tuple[Any, int] | None] = []
+    for part, watch in zip(parts, asked, strict=True):
+        found += [None if watch is None else (watch.cosines, j) for j in part.pictures]
+    return Hearers(tuple(found))
 
 
 def _together(parts: Sequence[Part]) -> Together | None:
@@ -231,13 +247,14 @@ def _kernel_rows(parts: Sequence[Part], sizes: Sequence[int]) -> tuple[KernelRow
     rows = []
     entries = _spread([(part.state.entry, part.state.entry.lowered.launches(part.span)) for part in parts], sizes)
     for k in range(max((len(launches) for _, launches in entries), default=0)):
-        kinds: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
+        kinds: dict[tuple[bool, bool, bool], list[tuple[int, int]]] = {}
         for position, (entry, launches) in enumerate(entries):
             if k < len(launches):
-                kind = entry.lowered.reduces(launches[k]), launches[k] in entry.lowered.fans
+                lowered, row = entry.lowered, launches[k]
+                kind = lowered.reduces(row), row in lowered.fans, row in lowered.maps
                 kinds.setdefault(kind, []).append((position, entry.base + launches[k]))
-        for (reduces, fans), mine in sorted(kinds.items()):
-            rows.append(KernelRows(tuple([p for p, _ in mine]), tuple([row for _, row in mine]), reduces, fans))
+        for kind, mine in sorted(kinds.items()):
+            rows.append(KernelRows(tuple([p for p, _ in mine]), tuple([row for _, row in mine]), *kind))
     return tuple(rows)
 
 

@@ -5,6 +5,7 @@ rel1 = mean|signal - earlier| / mean|earlier|, over all branches. "first_block" 
 residual of the first params[0] blocks, against that of the last row that was computed; params[1] fires in a row at
 most, 0: no limit. "modulated_input" (Liu et al. 2024, TeaCache, eq. 6): the first block's modulated input, against
 that of the row before; params: a polynomial in rel1, highest power first, whose sum since the last computed row counts.
+"guidance_cosine" looks at no block: it reads what earlier rows predicted (`engine.guiding`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vivace.engine.guiding import METRIC, Cosines
 from vivace.engine.plan import Guard, Plan
 
 METRICS = ("first_block", "modulated_input")
 EVERY_ROW = ("modulated_input",)  # metrics that compare with the row before, computed or not
+HEARD = (METRIC,)  # metrics of predictions, which any model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,17 @@ class Watch:
     pictures: int
     decisions: list[Decision] = field(default_factory=list)
     _of: dict[str, list[_Picture]] = field(default_factory=dict)
+    estimates: bool = False  # guards leave out branches that are then estimated
+    cosines: Cosines = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cosines = Cosines([None] * self.pictures, self.estimates)
+
+    def recall(self, guard: Guard, row: int) -> tuple[bool, ...]:
+        """Whether a guard on what earlier rows predicted fires, by picture. Reads the device once, or not at all."""
+        fired, values = self.cosines.decide(guard)
+        self.decisions.append(Decision(row, fired, values))
+        return fired
 
     def decide(self, guard: Guard, signal: Tensor, row: int) -> tuple[bool, ...]:
         """Whether the guard fires, by picture, for a signal [branches, n, ...]. Reads the device once."""
@@ -78,7 +92,7 @@ class Watch:
     def nbytes(self) -> int:
         """Bytes of the signals that are kept."""
         states = [state.earlier for states in self._of.values() for state in states]
-        return sum(signal.nbytes for signal in states if signal is not None)
+        return sum(signal.nbytes for signal in states if signal is not None) + self.cosines.nbytes
 
     def _states(self, guard: Guard) -> list[_Picture]:
         return self._of.setdefault(guard.metric, [_Picture() for _ in range(self.pictures)])
@@ -132,7 +146,7 @@ def _polynomial(coefficients: Sequence[float], value: float) -> float:
 def watched(plan: Plan, row: int) -> Guard | None:
     """The guard that looks at a row: its own, or the next row's that compares with it; None: nobody looks."""
     step = plan.steps[row]
-    if step.variant is None:
+    if step.variant is None or (step.guard is not None and step.guard.metric in HEARD):
         return None
     later = (later.guard for later in plan.steps[row:] if later.guard is not None)
     return step.guard or next((guard for guard in later if guard.metric in METRICS), None)

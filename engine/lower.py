@@ -11,8 +11,9 @@ is given the first of them and the class of every token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from vivace.engine.low_rank import KIND, keys_of
 from vivace.engine.plan import Affine, AgeRef, Coef, InputRef, Op, Plan, TensorRef, Transform, coefs, reads, writes
 from vivace.errors import ArgumentError, UnsupportedError
 from vivace.kernels.solver_step.table import (
@@ -47,7 +48,8 @@ class Lowered:
     """A plan as kernel rows for one request.
 
     spans[i]: (first, last) kernel rows of plan row i, half-open; start: those that fill the first slots; slots: pool
-    slot by name; fans: first kernel rows of the launches by class, with the number of their classes.
+    slot by name; fans: first kernel rows of the launches by class, with the number of their classes; maps: what
+    kernel rows stand for that hold nothing and are not launched.
     """
 
     table: StepTable
@@ -55,6 +57,7 @@ class Lowered:
     start: tuple[int, int]
     slots: Mapping[str, int]
     fans: Mapping[int, int]
+    maps: Mapping[int, LowRank] = field(default_factory=dict)
 
     def launches(self, span: tuple[int, int]) -> Sequence[int]:
         """The kernel rows of a span that begin a launch."""
@@ -70,6 +73,15 @@ class Lowered:
     def reduces(self, row: int) -> bool:
         """Kernel row `row` is a reduction row."""
         return bool(self.table.ints[row, KIND_AT])
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A low-rank map of a pool slot; numbers of its gains and basis in the list of matrices."""
+
+    slot: int
+    gains: int
+    basis: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,7 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
     kernel_rows: list[Row] = []
     spans = []
     fans: dict[int, int] = {}
+    maps: dict[int, LowRank] = {}
     start: tuple[Op, ...] = plan.init
     if "x_init" in given.tensors:
         start = (*start, Affine("x", (("input:x_init", 1.0),)))
@@ -123,18 +136,22 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
             raise type(error)(f"{'init' if step is None else f'step {i - 1}'}: {error}") from None
         first = len(kernel_rows)
         for rows in made:
+            if isinstance(rows, LowRank):
+                maps[len(kernel_rows)] = rows
+                kernel_rows.append(())
+                continue
             if len(rows) > 1:
                 fans[len(kernel_rows)] = len(rows)
             kernel_rows.extend(rows)
         spans.append((first, len(kernel_rows)))
     table = build_table(kernel_rows, "float64")
-    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots, fans)
+    return Lowered(table, tuple(spans[1:]), spans[0], codes.slots, fans, maps)
 
 
 # --- liveness --------------------------------------------------------------------------------------------------------
 def _live_after(plan: Plan) -> list[set[str]]:
     """Slots read later, before they are written again: entry 0 after `init`, entry i + 1 after row i."""
-    live = {"x"}  # the result
+    live = set(plan.results)
     after = [live]
     for step in reversed(plan.steps):
         live = _live_before(step.ops, live)
@@ -191,13 +208,19 @@ class _TooMuch(Exception):
     """The ops do not fit one kernel row."""
 
 
-def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[list[Row]]:
+def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: Set[str]) -> list[list[Row] | LowRank]:
     """Launches of `ops`, as few as possible, each a kernel row or one a class; what a later one reads is in slots."""
     ops = [part for op in ops for part in _narrow(op)]
     classes = _classes(ops)
-    done: list[list[Row]] = []
+    done: list[list[Row] | LowRank] = []
     while ops:
-        for count in range(len(ops), 0, -1):
+        if isinstance(ops[0], Transform) and ops[0].kind == KIND:
+            gains, basis = (codes.side_car[key] for key in keys_of(ops[0]))
+            done.append(LowRank(codes.slots[ops[0].slot], gains, basis))
+            ops = ops[1:]
+            continue
+        most = next((n for n, op in enumerate(ops) if isinstance(op, Transform) and op.kind == KIND), len(ops))
+        for count in range(most, 0, -1):
             after = _live_before(ops[count:], live)
             try:
                 folded = [_fold(codes, branches, _of_class(ops[:count], number), after) for number in range(classes)]
@@ -220,7 +243,7 @@ def _classes(ops: Sequence[Op]) -> int:
         counts = [len(coef.values) for coef in coefs(op) if isinstance(coef, AgeRef)]
         count = max([count, *counts])
         by_class = bool(counts) or bool(aged & set(reads(op)))
-        if by_class and isinstance(op, Transform) and op.kind in _REDUCES:
+        if by_class and isinstance(op, Transform) and op.kind in (*_REDUCES, KIND):
             raise UnsupportedError(
                 f"{op.kind} of {op.slot!r} reduces over the sample, but what it reads goes by the age of tokens; "
                 "compute all tokens in this row, or use another solver"

@@ -62,7 +62,8 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """slot <- kind(slot, *reads): "clamp" (low, high), "dynamic_threshold" (ratio, max), "cfg_rescale" (cond; phi)."""
+    """slot <- kind(slot, *reads): "clamp" (low, high), "dynamic_threshold" (ratio, max), "cfg_rescale" (cond; phi),
+    "low_rank" (gains, basis): sum_k gains[k] <basis[k], slot> basis[k]; both are `TensorRef`s, [r] and [r, *latent]."""
 
     kind: str
     slot: str
@@ -261,7 +262,8 @@ class Plan(_Remembers):
     """The denoising loop as data. Made by `make_plan` or `Plan.from_diffusers`, changed by passes, run by executors.
 
     steps: the rows; prediction: what the network returns, "eps" | "x0" | "v" | "flow"
-    (v = alpha*eps - sigma*x0; flow = eps - x0); init: fills the first slots from `noise:0` and inputs.
+    (v = alpha*eps - sigma*x0; flow = eps - x0); init: fills the first slots from `noise:0` and inputs; results: slots
+    that a run hands back, "x" first.
     """
 
     steps: tuple[Step, ...]
@@ -272,9 +274,10 @@ class Plan(_Remembers):
     binding: Binding | None = None
     # Values of the side-car by key (numpy arrays). Not part of equality: `tensors` holds their hashes.
     arrays: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    results: tuple[str, ...] = ("x",)
 
     def __hash__(self) -> int:
-        compared = (self.steps, self.prediction, self.init, self.recipe, self.tensors, self.binding)
+        compared = (self.steps, self.prediction, self.init, self.recipe, self.tensors, self.binding, self.results)
         return self.once("__hash__", lambda: hash(compared))
 
     @property
@@ -302,19 +305,12 @@ class Plan(_Remembers):
         return self.once("inputs", self._inputs)
 
     def _inputs(self) -> tuple[InputRef, ...]:
-        seen = {InputRef("mask"): None} if any(variant.selector == "mask" for variant in self.variants) else {}
-        for step in self.steps:
-            for _, coef in step.net_inputs:
-                if isinstance(coef, InputRef):
-                    seen.setdefault(coef)
+        named: list[Coef] = [InputRef("mask") for variant in self.variants if variant.selector == "mask"]
+        named += [coef for step in self.steps for _, coef in step.net_inputs]
         for op in self.ops():
-            for slot in reads(op):
-                if slot.startswith("input:"):
-                    seen.setdefault(InputRef(slot.removeprefix("input:")))
-            for coef in coefs(op):
-                if isinstance(coef, InputRef):
-                    seen.setdefault(coef)
-        return tuple(seen)
+            named += [InputRef(slot.removeprefix("input:")) for slot in reads(op) if slot.startswith("input:")]
+            named += coefs(op)
+        return tuple(dict.fromkeys(coef for coef in named if isinstance(coef, InputRef)))
 
     def ops(self) -> tuple[Op, ...]:
         """All ops: those of `init`, then those of every row in order."""

@@ -314,6 +314,7 @@ READERS: dict[type, dict[str, Reader]] = {
         "recipe": _maybe(_record(p.Recipe)),
         "tensors": _list(_record(p.TensorInfo)),
         "binding": _maybe(_record(p.Binding)),
+        "results": _STRINGS,
     },
 }
 

@@ -41,7 +41,12 @@ def plan_hash(plan: p.Plan) -> str:
 
 
 def tensor_infos(arrays: Mapping[str, Any]) -> tuple[p.TensorInfo, ...]:
-    """Descriptions of side-car arrays, sorted by key."""
+    """Descriptions of side-car arrays, sorted by key. Raises PlanError for values that are not finite."""
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise PlanError(
+                f"plan: side-car tensor {key!r} holds NaN or infinity; what it was measured from is too coarse"
+            )
     return tuple(
         p.TensorInfo(key, tuple(int(n) for n in array.shape), array.dtype.name, _sha(array))
         for key, array in sorted((key, np.asarray(array)) for key, array in arrays.items())

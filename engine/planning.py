@@ -55,8 +55,8 @@ def make_plan(
     choose("prediction", prediction, PREDICTIONS)
     for option in options:
         choose(f"{solver}: option", option, tuple(solver_options(solver)))
-    if options.get("table") is not None:
-        options["table"] = tables.reference(solver, options["table"], solver)
+    if (table := options.get("table")) is not None:  # kept alive until it is read below
+        options["table"] = tables.reference(solver, table, solver)
     try:
         recorded = Args.of(arguments | options)
     except TypeError as error:
@@ -173,4 +173,5 @@ def _make(arguments: Args, tail: float | None = None) -> Plan:
     scale = grid.sigmas[0] if schedule.kind == "edm" else 1.0
     init = start_from_noise(scale) if tail is None else start_from_latent(grid.level(first))
     recipe = Recipe("make_plan", arguments, tail)
-    return verify(Plan(rows.steps, prediction, init, recipe, tensor_infos(rows.arrays), arrays=rows.arrays))
+    infos = tensor_infos(rows.arrays)
+    return verify(Plan(rows.steps, prediction, init, recipe, infos, arrays=rows.arrays, results=rows.results))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vivace import __version__
+from vivace.engine import guided
 from vivace.engine.caching import KEYS, cache_bytes, read_by, share_of
 from vivace.engine.guards import Decision
 from vivace.engine.merge_rows import SITE
@@ -19,6 +20,7 @@ from vivace.engine.merging import unmerged
 from vivace.engine.plan import Plan
 from vivace.engine.precision import spelled
 from vivace.engine.token_rows import focused
+from vivace.engine.told import told
 from vivace.kernels.select_tokens import SPEC as SELECT
 from vivace.kernels.spec import choose
 
@@ -119,7 +121,8 @@ class Receipt:
     caches: of a plan that caches: cells, bytes planned and taken, sites reused and forecast, share of work computed;
     decisions: of its guards, row by row. tokens: of a plan with rows that compute some image tokens: how many there
     are, such rows, the share of all that was computed, rows that one waits at most (-1: any), bytes. merges: of a plan
-    that merges tokens: layers that did, maps made and reused, bytes planned and taken.
+    that merges tokens: layers that did, maps made and reused, bytes planned and taken. guidance: of a plan whose guards
+    leave branches out: see `engine.guided`.
     details: what else took part, such as prompt cache, decoder and pieces that kept their own kernels; plain data.
     """
 
@@ -146,6 +149,7 @@ class Receipt:
     caches: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     merges: dict[str, Any] = field(default_factory=dict)
+    guidance: dict[str, Any] = field(default_factory=dict)
     decisions: tuple[Decision, ...] = ()
     one_by_one: str | None = None
     warnings: tuple[str, ...] = ()
@@ -188,6 +192,8 @@ class Receipt:
             lines.append(f"tokens    {_chosen(self.tokens)}")
         if self.merges:
             lines.append("merged    " + ", ".join(f"{name} {value}" for name, value in self.merges.items()))
+        if self.guidance:
+            lines.append(f"guidance  {guided.spelled(self.guidance)}")
         if self.decisions:
             lines.append("guards    " + " ".join(f"{d.row}:{sum(d.fired)}/{len(d.fired)}" for d in self.decisions))
         if self.hoisted:
@@ -244,7 +250,7 @@ def make_receipt(
         nfe_planned=plan.nfe,
         nfe=len(evaluated),
         branch_evals_planned=plan.branch_evals,
-        branch_evals=sum(len(row.branches) for row in evaluated),
+        branch_evals=guided.evaluated(plan, state.watch, [row.row for row in evaluated]),
         rows=rows,
         phases={name: round(ms, 4) for name, ms in phases.items()},
         measured_ms=measured_ms,
@@ -258,11 +264,12 @@ def make_receipt(
         caches=_caches(state, rows),
         tokens=_tokens(state, rows),
         merges={} if state.merges is None else state.merges.told(plan),
+        guidance=guided.guidance(plan, state.watch, [row.row for row in evaluated]),
         decisions=() if state.watch is None else tuple(state.watch.decisions),
         one_by_one=executor.one_by_one,
         warnings=(*state.warnings, *unmerged(plan, state.merges), *_unused(state, rows), *_all(state, rows)),
         versions={"vivace": __version__, "torch": torch.__version__},
-        details={name: report for name, report in denoiser.reports().items() if report is not None},
+        details={**told(plan), **{name: report for name, report in denoiser.reports().items() if report is not None}},
         events=events,
     )
 
@@ -283,7 +290,7 @@ def _row(state: State, i: int, events: tuple[Event, ...], denoiser: Denoiser) ->
     network = [event for event in mine if event.name in ("network", "look")]
     step = state.plan.steps[i]
     variant, uses = step.variant, state.caches.rows[i].uses
-    branches = step.branches if network else ()
+    branches = guided.ran(state.plan, state.watch, i) if network else ()
     precision = "model" if variant is None else spelled(variant)
     times = sum(event.ms for event in network), sum(event.ms for event in steps)
     record = RowRecord(i, branches, sum(event.batch for event in steps), *times, precision)

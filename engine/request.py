@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import Tensor
 from vivace.engine.caching import CachePlan
 from vivace.engine.compiled import Hoisted
 from vivace.engine.guards import Watch
+from vivace.engine.iterate import Iterate
 from vivace.engine.kept import Kept
 from vivace.engine.merging import Merges
 from vivace.engine.plan import Plan
 from vivace.engine.pool import Entry, Pool
 from vivace.engine.receipt import Receipt
+from vivace.engine.sources.base import StepSource
 from vivace.engine.tokens import Tokens
-from vivace.errors import ArgumentError
+from vivace.errors import ArgumentError, StateError
 
 SEED_LIMIT = 1 << 64
 PICTURE_LIMIT = 1 << 32
@@ -26,13 +29,13 @@ PICTURE_LIMIT = 1 << 32
 class Request:
     """What one caller wants: pictures `index` .. `index + n - 1` of `seed` for a prompt.
 
-    plan: None for the session's first, or any plan that binds to its model and shape. latents: unit normal
+    plan: None for the session's first, or any plan or source that binds to its model and shape. latents: unit normal
     [n, *latent] in place of the generator's draw 0. guidance_scale: in place of the plan's. image, mask: start picture
     and weights of plans that read `input:start` and `mask`. inputs: further numbers and tensors by name.
     """
 
     prompt: Any = None
-    plan: Plan | None = None
+    plan: Plan | StepSource | None = None
     n: int = 1
     index: int = 0
     seed: int = 0
@@ -69,7 +72,7 @@ class State:
 
     caches: what its rows keep and give again; merges: what its merged tokens keep, tokens: state of every token, None
     where its plan says nothing of them; watch: what its guards remember, None without guards; ahead: predictions of
-    rows to come, by row, that read nothing of x.
+    rows to come, by row, that read nothing of x or were made together; iterate: what a Picard run remembers.
     """
 
     request: Request
@@ -88,6 +91,7 @@ class State:
     tokens: Tokens | None = None
     watch: Watch | None = None
     ahead: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    iterate: Iterate | None = None
     row: int = 0
     closed: str = ""
     records: list[Any] = field(default_factory=list)
@@ -119,6 +123,8 @@ class Result:
     """Finished pictures: PIL images, latents [n, ...], the receipt, and the condition the prompt found.
 
     computed: int32 [n, *grid], how many evaluations computed each image token; None for plans that always compute all.
+    plans: the bound plan that ran; of a source the rows that it took, a plan for every picture.
+    slots: what the plan's other `results` hold, [n, ...] by name; each may be an input of the plan that goes on.
     """
 
     images: list[Any]
@@ -126,3 +132,12 @@ class Result:
     receipt: Receipt
     condition: Any = None
     computed: Tensor | None = None
+    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    plans: tuple[Plan, ...] = ()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that ran. Raises StateError where the pictures of a source took different ones."""
+        if len(set(self.plans)) != 1:
+            raise StateError(f"result: {len(self.plans)} pictures took plans of their own; use result.plans")
+        return self.plans[0]

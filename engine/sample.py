@@ -13,20 +13,23 @@ from vivace.engine.executors.eager import EagerExecutor
 from vivace.engine.plan import Plan
 from vivace.engine.request import Request
 from vivace.engine.session import Session
+from vivace.engine.sources.base import StepSource
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, DtypeError, ShapeError
 
 
 def sample(
     denoiser: Callable[..., Tensor],
-    plan: Plan,
+    plan: Plan | StepSource,
     noise: Tensor,
     *,
     seed: int | Sequence[int] = 0,
     x_init: Tensor | None = None,
     inputs: Mapping[str, Any] | None = None,
+    slots: dict[str, Tensor] | None = None,
+    plans: list[Plan] | None = None,
 ) -> Tensor:
-    """x0 = plan(denoiser, noise): run every row of `plan` on a batch.
+    """x0 = plan(denoiser, noise): run every row of `plan`, or follow a source of steps, on a batch.
 
     Args:
         denoiser: called as denoiser(x, t), or denoiser(x, t, branch="cond" | "uncond") in rows of several branches;
@@ -36,6 +39,8 @@ def sample(
         seed: of stochastic rows: an int makes sample j picture j, a sequence makes each sample picture 0 of its own.
         x_init: [B, ...], replaces the first state.
         inputs: numbers and tensors ([B, ...] or the latent's shape) that the plan reads, by name.
+        slots: is given what the plan's other results hold, [B, ...] by name.
+        plans: is given the plan that every sample took.
     Returns: [B, ...] on the device of `noise`, float64 for float64 noise, else float32.
     Raises: ArgumentError, ShapeError, DtypeError, PlanError, UnsupportedError.
     """
@@ -47,7 +52,11 @@ def sample(
     if noise.dim() == 1:
         start = None if x_init is None else x_init[:, None]
         column = _columns(denoiser)
-        return sample(column, plan, noise[:, None], seed=seed, x_init=start, inputs=inputs)[:, 0]
+        wide: dict[str, Tensor] = {}
+        found = sample(column, plan, noise[:, None], seed=seed, x_init=start, inputs=inputs, slots=wide, plans=plans)
+        if slots is not None:
+            slots.update({name: value[:, 0] for name, value in wide.items()})
+        return found[:, 0]
     batch = noise.shape[0]
     state_dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
     if batch == 0:
@@ -60,19 +69,28 @@ def sample(
     session = Session(
         wrapped, [plan], executor, shape=tuple(noise.shape[1:]), state_dtype=state_dtype, probed=False, expand=verify
     )
-    if isinstance(seed, int):
-        requests = [Request(n=batch, seed=seed, latents=noise, inputs=tensors)]
-    elif len(seed) == batch:
-        requests = [
-            Request(seed=int(s), latents=noise[j : j + 1], inputs=_of_sample(tensors, noise, j))
-            for j, s in enumerate(seed)
-        ]
-    else:
-        raise ArgumentError(f"sample: {len(seed)} seeds for {batch} samples; give one, or one a sample")
+    requests = _requests(seed, noise, tensors)
     states = [session.begin(request) for request in requests]
-    while not states[0].done:
-        session.step(states)
-    return torch.cat([session.finish(state).latents for state in states])
+    while running := [state for state in states if not state.done]:
+        session.step(running)
+    finished = [session.finish(state) for state in states]
+    if slots is not None:
+        slots.update({name: torch.cat([result.slots[name] for result in finished]) for name in finished[0].slots})
+    if plans is not None:
+        plans += [result.plans[j % len(result.plans)] for result in finished for j in range(len(result.latents))]
+    return torch.cat([result.latents for result in finished])
+
+
+def _requests(seed: int | Sequence[int], noise: Tensor, inputs: dict[str, Any]) -> list[Request]:
+    """One request for all samples, or one a sample where each has a seed. Raises ArgumentError."""
+    batch = len(noise)
+    if isinstance(seed, int):
+        return [Request(n=batch, seed=seed, latents=noise, inputs=inputs)]
+    if len(seed) != batch:
+        raise ArgumentError(f"sample: {len(seed)} seeds for {batch} samples; give one, or one a sample")
+    return [
+        Request(seed=int(s), latents=noise[j : j + 1], inputs=_of_sample(inputs, noise, j)) for j, s in enumerate(seed)
+    ]
 
 
 def _columns(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,12 @@ from torch import Tensor
 from vivace.engine.caching import CachePlan, caches
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Executor
+from vivace.engine.executors.picard import PicardExecutor
+from vivace.engine.fed import with_inputs
+from vivace.engine.following import Following, advance, finish, follow
 from vivace.engine.grouping import Part, chosen, evaluated_ahead, group_of, grouped
 from vivace.engine.guards import Watch
+from vivace.engine.guiding import estimates
 from vivace.engine.kept import Kept, KeptMemory, Seen
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.merge_rows import guided, merges
@@ -27,9 +31,12 @@ from vivace.engine.pool import Pool
 from vivace.engine.probe import Probe
 from vivace.engine.receipt import Timeline, make_receipt
 from vivace.engine.request import Report, Request, Result, State
+from vivace.engine.sources.base import StepSource, opened
 from vivace.engine.token_rows import tokens_of
 from vivace.engine.tokens import Tokens
 from vivace.errors import ArgumentError, DtypeError, ShapeError, StateError
+
+Planned: TypeAlias = Plan | StepSource  # what is run, or what decides it row by row
 
 
 class Session:
@@ -46,7 +53,7 @@ class Session:
     def __init__(
         self,
         denoiser: Denoiser,
-        plans: Sequence[Plan],
+        plans: Sequence[Planned],
         executor: Executor,
         *,
         shape: tuple[int, ...],
@@ -71,14 +78,15 @@ class Session:
             raise ArgumentError("compile: no plan given; pass one plan or several")
         self.probe = Probe(denoiser, executor, shape) if probed else None
         with self._threads():
-            self.plans = tuple(self._bind(plan) for plan in plans)
+            self.plans = tuple(self._bind(opened(plan)) for plan in plans)
+        self.source = None if isinstance(plans[0], Plan) else plans[0]  # that requests follow which name no plan
         self.pool.reserve(0, batch or 0)
 
     def __call__(
         self,
         prompt: Any = None,
         *,
-        plan: Plan | None = None,
+        plan: Planned | None = None,
         n: int = 1,
         index: int = 0,
         seed: int = 0,
@@ -86,10 +94,12 @@ class Session:
         guidance_scale: float | None = None,
         image: Any = None,
         mask: Any = None,
+        inputs: Mapping[str, Any] | None = None,
         callback: Callable[[Report], Any] | None = None,
     ) -> Result:
         """Run one request from begin to finish; `callback` gets a `Report` after every row, returning False aborts."""
-        state = self.begin(Request(prompt, plan, n, index, seed, latents, guidance_scale, image, mask))
+        given = dict(inputs or {})
+        state = self.begin(Request(prompt, plan, n, index, seed, latents, guidance_scale, image, mask, given))
         try:
             while not state.done:
                 (report,) = self.step([state])
@@ -104,13 +114,17 @@ class Session:
         """Check a request, give it lanes, draw its start. Bad input raises before anything is taken."""
         with self._lock, self._threads():
             began = time.perf_counter()
-            plan = self.plans[0] if request.plan is None else self._bind(request.plan)
+            asked = request.plan or self.source
+            if asked is not None and not isinstance(asked, Plan):
+                return follow(self, request, asked)
+            plan = self.plans[0] if asked is None else self._bind(asked)
             request.check()
             condition = self.denoiser.encode(request.prompt)
             pool = self._pool(self._shape_of(plan))
             values, tensors, warnings = self._inputs(request, plan, pool)
+            condition = with_inputs(self.denoiser, plan, condition, values)
             given = Given(values, frozenset(tensors))
-            side_car = {info.key: pool.tensor(info.sha256, plan.arrays[info.key]) for info in plan.tensors}
+            side_car = pool.side_car(plan)
             entry = pool.enter(
                 (plan, tuple(sorted(values.items())), given.tensors), lambda: lower_plan(plan, given, side_car)
             )
@@ -148,11 +162,19 @@ class Session:
                     raise StateError("step: a state has no rows left; finish it")
             if len({id(state) for state in states}) != len(states):
                 raise StateError("step: a state is listed twice; list each once")
+            if followed := [state for state in states if isinstance(state, Following)]:
+                told = advance(self, followed)
+                rest = [state for state in states if not isinstance(state, Following)]
+                told |= {id(state): report for state, report in zip(rest, self.step(rest), strict=True)}
+                return tuple(told[id(state)] for state in states)
             parts = chosen(states, self._look)
             left = Counter(id(part.state) for part in parts)  # groups that a state's pictures are still to run in
             try:
                 for group in grouped(parts):
-                    evaluated_ahead(group, self._predict)
+                    if isinstance(self.executor, PicardExecutor):
+                        self.executor.foresee(group, self.timeline)
+                    else:
+                        evaluated_ahead(group, self._predict)
                     self._launch(group)
                     left.subtract(id(part.state) for part in group)
                     for state in {id(part.state): part.state for part in group if not left[id(part.state)]}.values():
@@ -168,9 +190,14 @@ class Session:
             self._own(state)
             if not state.done:
                 raise StateError(f"finish: row {state.row} of {len(state.plan.steps)} is next; step on, or abort")
+            if isinstance(state, Following):
+                result = finish(self, state)
+                self._close(state, "finished")
+                return result
             with self.timeline.span(state.records, "decode", -1, len(state.lanes)):
-                slot = state.entry.lowered.slots["x"]
-                latents = state.pool.state[slot, list(state.lanes)].clone()
+                slots, lanes = state.entry.lowered.slots, list(state.lanes)
+                kept = {name: state.pool.state[slots[name], lanes].clone() for name in state.plan.results}
+                latents = kept.pop("x")
                 images = self.denoiser.to_images(latents)
             receipt = make_receipt(
                 state,
@@ -180,9 +207,11 @@ class Session:
                 executor=self.executor,
                 denoiser=self.denoiser,
             )
+            if state.iterate is not None:
+                receipt = state.iterate.amend(receipt)
             self._close(state, "finished")
             heat = None if state.tokens is None else state.tokens.heat
-            return Result(images, latents, receipt, state.condition, heat)
+            return Result(images, latents, receipt, state.condition, heat, kept, (state.plan,))
 
     def abort(self, state: State) -> None:
         """Free a state's lanes at once, at any row; nothing of it is kept. Aborting twice does nothing."""
@@ -223,7 +252,7 @@ class Session:
             state.tokens = Tokens(plan, state.pictures, seed, *where)
             state.tokens.kept = state.kept
         if any(step.guard is not None for step in plan.steps):
-            state.watch = Watch(len(state.lanes))
+            state.watch = Watch(len(state.lanes), estimates=estimates(plan))
 
     def _shape_of(self, plan: Plan) -> tuple[int, ...]:
         """The latent shape that a plan runs at."""
@@ -319,6 +348,10 @@ class Session:
 
     def _close(self, state: State, how: str) -> None:
         state.closed = how
+        if isinstance(state, Following):
+            for run in state.runs:
+                self._close(run.state, how)
+            return
         state.entry.users -= 1
         state.pool.release(state.lanes)
         if state.kept is not None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vivace.engine.executors.maps import run_maps
 from vivace.engine.lower import Given, Lowered, lower_plan
 from vivace.engine.passes.guidance import rename
-from vivace.engine.plan import Op, Plan, Step, reads
+from vivace.engine.plan import Op, Plan, Step, reads, writes
 from vivace.engine.pool import Pool
 from vivace.errors import UnsupportedError
 from vivace.kernels.sample_adjust import sample_adjust
@@ -59,7 +60,7 @@ class Stepper:
             raise UnsupportedError(f"the plan needs input {missing[0]!r}, which a pipeline's call does not give")
         given = Given({name: float(number) for name, number in numbers.items() if number is not None}, tensors)
         self._pool = Pool(tuple(like.shape[1:]), dtype, like.dtype, like.device)
-        side_car = {info.key: self._pool.tensor(info.sha256, plan.arrays[info.key]) for info in plan.tensors}
+        side_car = self._pool.side_car(plan)
         lowered, numbers_key = {} if lowered is None else lowered, tuple(sorted(given.values.items()))
         if numbers_key not in lowered:
             if len(lowered) >= self.kept:
@@ -96,13 +97,25 @@ class Stepper:
         return bool(self._draws[-1])
 
     @property
+    def results(self) -> dict[str, Tensor]:
+        """What the plan's other results hold now, [n, ...] by name, after the last row."""
+        return {name: self._pool.state[self._slots[name]].clone() for name in self.plan.results[1:]}
+
+    @property
     def step(self) -> Step:
         """The row that `advance` executes next."""
         return self.plan.steps[self.row]
 
-    def start(self, x: Tensor) -> Tensor:
-        """Begin from state x [n, ...]; returns what the first evaluation reads, before its `x_scale`."""
-        self._pool.state[self._slots["x"]] = x.to(self._pool.dtype)
+    def start(self, x: Tensor, others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Begin from state x [n, ...]; returns what the first evaluation reads, before its `x_scale`.
+
+        others: the further slots that the plan's `init` fills, [n, ...] by name.
+        """
+        slots = {**(others or {}), "x": x}
+        if missing := {writes(op) for op in self.plan.init} - slots.keys():
+            raise UnsupportedError(f"the plan starts from slot {min(missing)!r} too, which this run is not given")
+        for name, value in slots.items():
+            self._pool.state[self._slots[name]] = value.to(self._pool.dtype)
         return self._idle(x)
 
     def put(self, x: Tensor) -> None:
@@ -129,6 +142,9 @@ class Stepper:
         lowered, pool = self._lowered, self._pool
         feed = torch.empty((self._n, *pool.shape), dtype=self._dtype, device=pool.device)
         for kernel_row in lowered.launches(lowered.spans[self.row]):
+            if kernel_row in lowered.maps:
+                run_maps(pool, [kernel_row] * self._n, range(self._n))
+                continue
             by_class: dict[str, Any] = {}
             if kernel_row in lowered.fans:
                 assert classes is not None, f"step {self.row} has coefficients by token age and is told no classes"

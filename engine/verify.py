@@ -10,6 +10,7 @@ import re
 from collections.abc import Sized
 
 from vivace.engine import plan as p
+from vivace.engine.low_rank import KIND, PARAMS, keys_of, shapes_of
 from vivace.engine.merge_rows import MergeWalk
 from vivace.engine.verify_caches import CacheWalk
 from vivace.engine.verify_tokens import TokenWalk
@@ -31,7 +32,9 @@ TRANSFORMS: dict[str, tuple[tuple[str, ...], int]] = {
     "clamp": (("low", "high"), 0),
     "dynamic_threshold": (("ratio", "max"), 0),
     "cfg_rescale": (("phi",), 1),
+    KIND: (PARAMS, 0),
 }
+HEARD = "guidance_cosine"  # metric of what earlier rows predicted
 _LEVEL_SLACK = 1e-9  # radians of atan2(sigma, alpha): two roundings of one level are not a rise
 
 
@@ -53,8 +56,11 @@ def verify(plan: p.Plan) -> p.Plan:
     for i, step in enumerate(plan.steps):
         walk.row(i, step)
     walk.tokens.end()
+    shapes_of(plan, None if plan.binding is None else plan.binding.latent_shape)
     if "x" not in walk.live:
         raise PlanError(f"plan: no row writes slot 'x', which holds the result (live: {walk.names()})")
+    if plan.results[:1] != ("x",) or len(set(plan.results)) < len(plan.results) or set(plan.results) - set(walk.live):
+        raise PlanError(f"plan: results {_short(plan.results)}; need 'x' first, then other filled slots, each once")
     if len(walk.used) > MAX_SLOTS:
         raise PlanError(f"plan: its ops name {len(walk.used)} slots; at most {MAX_SLOTS}, so rotate those of history")
     return plan
@@ -73,6 +79,7 @@ class _Walk:
         self.used: set[str] = set()  # slots an op or the network touches, inputs included
         self.tensors = {info.key for info in plan.tensors}
         self.ages: int | None = None  # classes of every AgeRef
+        self.heard: bool | None = None  # guards read what earlier rows predicted, or look at blocks
         self.level = math.inf
         self.evaluated = False
 
@@ -139,6 +146,16 @@ class _Walk:
         if guard.rule not in ("below", "above", "accumulated_below"):
             raise PlanError(f"{where}: guard rule {guard.rule!r}; use below, above or accumulated_below")
         self._variant(f"{where} guard", guard.otherwise, step)
+        if self.heard not in (None, guard.metric == HEARD):
+            raise PlanError(f"{where}: a guard on {HEARD!r} and one that looks at blocks; a plan has one kind of both")
+        self.heard = guard.metric == HEARD
+        most = guard.params or (1.0,)
+        fits = guard.rule != "accumulated_below" and len(most) == 1 and most[0] >= 1.0 and most[0] == int(most[0])
+        if self.heard and (not fits or (guard.params and guard.sticky)):
+            raise PlanError(
+                f"{where}: a guard on {HEARD!r} is above or below a threshold; its parameter, if any, is a whole "
+                "number of rows, and then it is not sticky"
+            )
         extra = set(guard.otherwise.branches) - set(step.branches)
         if extra:
             raise PlanError(
@@ -189,7 +206,7 @@ class _Walk:
         if isinstance(op, p.Affine):
             self._affine(where, i, op)
         else:
-            _transform(where, op)
+            _transform(where, op, dst in self.raw)
         for coef in p.coefs(op):
             self._coef(where, f"update of {dst!r}", coef)
         self.live[dst] = i
@@ -294,12 +311,14 @@ def _slot_name(where: str, slot: str) -> None:
         raise PlanError(f"{where}: slot name {slot!r}; lower-case letters, digits and _ needed")
 
 
-def _transform(where: str, op: p.Transform) -> None:
+def _transform(where: str, op: p.Transform, raw: bool) -> None:
     if op.kind not in TRANSFORMS:
         raise PlanError(f"{where}: transform {op.kind!r} is unknown; use one of {', '.join(TRANSFORMS)}")
     names, extra = TRANSFORMS[op.kind]
     if tuple(name for name, _ in op.params) != names or len(op.reads) != extra:
         raise PlanError(f"{where}: {op.kind} takes parameters {names} and {extra} more slot(s) read, got {_short(op)}")
+    if op.kind == KIND and (keys_of(op) and raw):
+        raise PlanError(f"{where}: {KIND} of {op.slot!r}, an output of the network; copy it to a slot first")
     if op.kind == "clamp":
         low, high = p.coefs(op)
         if isinstance(low, float) and isinstance(high, float) and low > high:

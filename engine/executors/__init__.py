@@ -11,16 +11,17 @@ from torch import Tensor
 from vivace.engine.compiled import Hoisted
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.focusing import Together
+from vivace.engine.guiding import Hearers
 from vivace.engine.kept import KeptMemory, Seen, Turn
 from vivace.engine.merging import Merging
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.engine.tokens import Focus
-from vivace.errors import BackendError, UnsupportedError
+from vivace.errors import ArgumentError, BackendError, UnsupportedError
 
-BACKENDS = ("eager", "cpu", "cuda_graph")
-PLANNED = ("onnxruntime", "tensorrt", "picard")
+BACKENDS = ("eager", "cpu", "cuda_graph", "picard")
+PLANNED = ("onnxruntime", "tensorrt")
 COMPILED = {"cpu": "cpu", "cuda": "cuda_graph"}  # by device
 
 
@@ -28,13 +29,14 @@ COMPILED = {"cpu": "cpu", "cuda": "cuda_graph"}  # by device
 class KernelRows:
     """One launch: `rows[i]` of the table for the sample at `positions[i]` of its group; all of them reduce, or none.
 
-    fans: each is the first of one row a class of tokens.
+    fans: each is the first of one row a class of tokens; maps: each stands for a low-rank map and is not launched.
     """
 
     positions: tuple[int, ...]
     rows: tuple[int, ...]
     reduces: bool
     fans: bool = False
+    maps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Group:
     the row's out slots, of which the variant runs some; given: their predictions, where they were made ahead; turns:
     what is kept and given again; resume: where a look at the first blocks ended; focus: tokens that the row computes;
     merging: which blocks merge tokens, and what they keep; tokens: who chooses what a row computes and holds what the
-    others keep, None where no plan of the group speaks of tokens.
+    others keep, None where no plan of the group speaks of tokens; hearers: who notes what the row predicts.
     """
 
     variant: Variant | None
@@ -67,6 +69,7 @@ class Group:
     focus: Focus | None = None
     merging: Merging | None = None
     tokens: Together | None = None
+    hearers: Hearers | None = None
 
 
 class Executor(Protocol):
@@ -119,11 +122,22 @@ class Executor(Protocol):
         ...
 
 
-def make_executor(backend: str, denoiser: Denoiser, *, hoist: bool = True) -> Executor:
+def make_executor(
+    backend: str, denoiser: Denoiser, *, hoist: bool = True, tolerance: float | None = None, window: int | None = None
+) -> Executor:
     """The executor of that name; "auto" is the compiled one of the model's device where it can, else eager.
 
-    hoist: what does not depend on x leaves the loop. Raises BackendError.
+    hoist: what does not depend on x leaves the loop. tolerance, window: of "picard", over the executor that "auto" is.
+    Raises: BackendError, ArgumentError.
     """
+    if backend == "picard":
+        from vivace.engine.executors.picard import PicardExecutor
+
+        given = {} if tolerance is None else {"tolerance": tolerance}
+        return PicardExecutor(make_executor("auto", denoiser, hoist=hoist), window=window, **given)
+    for name, value in (("tolerance", tolerance), ("window", window)):
+        if value is not None:
+            raise ArgumentError(f"compile: {name} is an option of backend='picard', not of {backend!r}")
     from vivace.engine.executors.eager import EagerExecutor
 
     if backend in PLANNED:

@@ -19,6 +19,7 @@ from vivace.engine.executors.eager import check_compiled
 from vivace.engine.executors.hoists import Kept
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
 from vivace.engine.kept import KeptMemory, Seen
+from vivace.engine.perturbed import APART, parted, perturbs, run_parted
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
@@ -49,7 +50,8 @@ class CpuExecutor:
 
     def prepare(self, plan: Plan, shape: tuple[int, ...], samples: int, memory: KeptMemory) -> None:
         for variant in plan.variants:
-            self._network(variant, shape, samples)
+            for part in [part for part, blocks in parted(variant) if not blocks]:
+                self._network(part, shape, samples)
 
     def hoist(self, plan: Plan, condition: Any) -> Hoisted | None:
         return self._hoists.of_plan(plan, condition)
@@ -87,12 +89,21 @@ class CpuExecutor:
         return {**self.compiler.report(), "buckets": [f"{b.tokens} tokens x {b.samples}" for b in buckets]}
 
     def _run(self, call: Evaluation, variant: Variant, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        if perturbs(variant):
+            self._eager = APART
+            return run_parted(call, variant, lambda mine, part: self._run(mine, part, shape), self._eagerly)
         network = self._network(variant, shape, len(call.lanes))
         run = network.run if not any(turn.use.site == "received" for turn in call.turns) else self._listening(variant)
         if self.one_by_one is None:
             return run(call)
         single = [[out.clone() for out in run(call.sample(n))] for n in range(len(call.lanes))]
         return tuple(torch.cat(branch) for branch in zip(*single, strict=True))
+
+    @torch.inference_mode()
+    def _eagerly(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
+        """By the denoiser, as the framework runs it."""
+        x = torch.cat(samples_of(call.x, call.lanes))
+        return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant)
 
     def _listening(self, variant: Variant) -> Callable[[Evaluation], tuple[Tensor, ...]]:
         """Rows that tell what attention tokens receive are the denoiser's: compiled ones make no weights to sum."""

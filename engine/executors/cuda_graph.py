@@ -24,6 +24,7 @@ from vivace.engine.executors.hoists import Kept
 from vivace.engine.executors.rehearsal import rehearsed
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
 from vivace.engine.kept import KeptMemory, Seen
+from vivace.engine.perturbed import APART, perturbs, run_parted
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
@@ -155,6 +156,9 @@ class CudaGraphExecutor:
 
     def _evaluation(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
         """Every piece replayed, its rows put in place; copies where another replay comes before they are read."""
+        if perturbs(variant):
+            self._eager[APART.removeprefix("eager: ")] = None
+            return run_parted(call, variant, self._evaluation, self._eagerly)
         if (why := self._not_captured(call)) is not None:
             self._eager[why] = None
             return self._eagerly(call, variant)

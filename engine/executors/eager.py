@@ -13,8 +13,12 @@ from vivace.engine.compiled import Compiler, Evaluation
 from vivace.engine.denoiser import Denoiser, Replayable
 from vivace.engine.executors import Group
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
+from vivace.engine.fed import why_not_fed
+from vivace.engine.guards import HEARD
 from vivace.engine.kept import KeptMemory, Seen
 from vivace.engine.merge_rows import SITE, merge_row
+from vivace.engine.perturbed import SITE as IDENTITY
+from vivace.engine.perturbed import perturbs, why_not_perturbed
 from vivace.engine.plan import Action, Binding, Plan, Rule, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.precision import QUANTIZED, named, precisions_of
@@ -125,14 +129,16 @@ def check_whole(plan: Plan, who: str, denoiser: Denoiser, compiler: Compiler | R
     full = 1.0 if plan.binding is None else float(plan.binding.tokens)
     precisions = denoiser.precisions if compiler is None else compiler.precisions
     for i, step in enumerate(plan.steps):
-        why = "further network inputs" if step.net_inputs else ""
+        why = why_not_fed(denoiser, plan, i)
         guard = step.guard
-        if guard is not None and guard.metric not in denoiser.metrics:
+        if guard is not None and guard.metric not in (*denoiser.metrics, *HEARD):
             there = ", ".join(sorted(denoiser.metrics)) or "none"
             why = why or f"a guard on {guard.metric!r} (this model's metrics: {there})"
         for variant in (step.variant, None if guard is None else guard.otherwise):
             if variant is None:
                 continue
+            if guard is not None and guard.metric not in HEARD and perturbs(variant):
+                why = why or f"a guard on {guard.metric!r} beside IDENTITY of attention"
             why = why or _beyond(variant, full, denoiser)
             if why:
                 raise UnsupportedError(f"step {i}: {who} does not run {why}; drop it from the plan")
@@ -180,6 +186,8 @@ def _beyond(variant: Variant, full: float, denoiser: Denoiser) -> str:
         return "a row that computes some tokens (this model keeps no keys and values)"
     if variant.model not in denoiser.models:
         return f"a second model ({variant.model!r})"
+    if why_not := why_not_perturbed(variant):
+        return why_not
     for rule in variant.rules:
         if rule.site == SITE:
             if (why := _not_merged(variant, rule, denoiser)) is not None:
@@ -188,7 +196,13 @@ def _beyond(variant: Variant, full: float, denoiser: Denoiser) -> str:
         if rule.action in (None, Action.COMPUTE):  # what nobody reads is not kept
             continue
         what = f"{Action(rule.action).name} of site {rule.site!r}, blocks {rule.blocks}"
-        if rule.action == Action.IDENTITY or rule.site not in denoiser.sites:
+        if rule.action == Action.IDENTITY:
+            can = getattr(denoiser, "identity", False)
+            lacks = denoiser.why_not_kept(IDENTITY, rule.blocks) if can else "the model cannot"
+            if lacks is not None:
+                return f"{what}: {lacks}"
+            continue
+        if rule.site not in denoiser.sites:
             return f"{what} (this model's sites: {', '.join(sorted(denoiser.sites)) or 'none'})"
         if (why := denoiser.why_not_kept(rule.site, rule.blocks)) is not None:
             return f"{what}: {why}"

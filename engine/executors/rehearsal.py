@@ -14,6 +14,7 @@ from vivace.engine.caching import caches
 from vivace.engine.compiled import Evaluation
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn, split
 from vivace.engine.merge_rows import merge_row
+from vivace.engine.perturbed import perturbs
 from vivace.engine.plan import Plan, Variant
 from vivace.engine.token_rows import focused
 from vivace.engine.tokens import Focus
@@ -39,7 +40,9 @@ def rehearsed(
             told = [item for item in row.uses if not (item.use.reads and item.use.site == "received")]  # selections'
             variant, uses = step.variant, tuple([item.use for item in told])
             chosen = step.guard is not None or (guarded and bool(uses))
-            if variant is None or chosen or merge_row(variant) is not None or (variant, uses) in done:
+            if variant is None or chosen or perturbs(variant):
+                continue
+            if merge_row(variant) is not None or (variant, uses) in done:
                 continue
             done.add((variant, uses))
             samples = [tuple(Sample(kept, j, item.weights) for j in lanes) for item in told]

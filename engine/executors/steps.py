@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vivace.engine.compiled import Evaluation
 from vivace.engine.executors import Group, KernelRows
+from vivace.engine.executors.maps import run_maps
 from vivace.engine.kept import split
 from vivace.engine.merging import Merging
 from vivace.engine.plan import Variant
@@ -68,6 +69,8 @@ def run_rows(
                 outs = group.tokens.merge(outs, group.outs or variant.branches)
         if group.merging is not None:
             _note(group.merging, variant, group.outs, outs)
+        if group.hearers is not None:
+            outs = group.hearers.heard(group.outs or variant.branches, variant.branches, outs)
     with timeline.span(group.records, "solver_step", group.row, len(group.lanes)):
         finish_rows(group, pool, outs)
 
@@ -84,11 +87,14 @@ def finish_rows(group: Group, pool: Pool, outs: Sequence[Tensor]) -> None:
     Nothing waits for the device: the kernels read row numbers, lanes and seeds on the host and send them themselves.
     """
     launch = group.kernel_rows[0] if len(group.kernel_rows) == 1 else None
-    if launch is not None and len(launch.positions) == len(group.lanes) and not launch.reduces:
+    if launch is not None and len(launch.positions) == len(group.lanes) and not (launch.reduces or launch.maps):
         return _again(group, pool, outs, launch)
     lanes, seeds, pictures = torch.tensor(group.lanes), torch.tensor(group.seeds), torch.tensor(group.pictures)
     adjust = pool.state.new_empty(len(lanes), 3)  # of each sample, from its reduction row to the next rows
     for launch in group.kernel_rows:
+        if launch.maps:
+            run_maps(pool, launch.rows, [group.lanes[position] for position in launch.positions])
+            continue
         whole = len(launch.positions) == len(lanes)
         here = torch.tensor(launch.positions)
         there = here if whole else _on_device(here, pool.device)

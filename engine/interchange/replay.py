@@ -11,7 +11,9 @@ from vivace.engine.interchange.step_policy import apply_step_policy
 from vivace.engine.passes.block_cache import cut
 from vivace.engine.passes.freeze import cut_decisions
 from vivace.engine.passes.guards import cut_guards
+from vivace.engine.passes.linear_ag import cut_linear_ag
 from vivace.engine.passes.merge import cut_merge
+from vivace.engine.passes.time_alignment import cut_alignment
 from vivace.engine.passes.tokens import cut_tokens
 from vivace.engine.plan import Args, Plan
 from vivace.errors import PlanError
@@ -27,7 +29,9 @@ CACHES: Mapping[str, Callable[[Plan, Args, int], Args]] = {
     "apply_smoothcache": cut_schedule,
     "apply_step_mask": cut_mask,
     "apply_guards": cut_guards,
+    "apply_linear_ag": cut_linear_ag,
     "apply_merge": cut_merge,
+    "apply_time_alignment": cut_alignment,
     "apply_tokens": cut_tokens,
     "freeze": cut_decisions,
 }

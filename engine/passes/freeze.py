@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from vivace.engine.bind import normal_form
+from vivace.engine.passes.narrow import narrowed
 from vivace.engine.plan import Action, Args, Plan, Rule, Step, Variant
-from vivace.engine.verify import verify
+from vivace.engine.verify import HEARD, verify
 from vivace.errors import ArgumentError, PlanError
 
 NAME = "freeze"
@@ -28,6 +29,14 @@ def freeze(plan: Plan, traces: Any) -> Plan:
     if not guarded:
         raise PlanError(f"{NAME}: the plan has no guards; there is nothing to decide")
     fired = _majority(traces, guarded)
+    estimating = [
+        row for row in sorted(fired) if (guard := plan.steps[row].guard) and guard.metric == HEARD and guard.params
+    ]
+    if estimating:
+        raise PlanError(
+            f"{NAME}: rows {estimating} estimate their unconditional branch; what is static is "
+            "apply_linear_ag(plan without guards, rows=[...]) with the evaluations of these rows"
+        )
     steps = [_decided(step, row in fired) for row, step in enumerate(plan.steps)]
     recipe = plan.recipe
     if recipe is not None:
@@ -79,7 +88,7 @@ def _each(decided: Any) -> Iterable[bool]:
 def _decided(step: Step, fired: bool) -> Step:
     if step.guard is None:
         return step
-    return replace(step, variant=step.guard.otherwise if fired else step.variant, guard=None)
+    return narrowed(step, step.guard.otherwise) if fired else replace(step, guard=None)
 
 
 def _unread_dropped(plan: Plan, steps: list[Step]) -> tuple[Step, ...]:

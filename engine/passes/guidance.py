@@ -9,7 +9,8 @@ from vivace.engine.plan import Affine, Args, InputRef, Op, Plan, Step, Transform
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, PlanError
 
-KINDS = ("cfg",)
+KINDS = ("cfg", "embedded")
+EMBEDDED = "guidance"  # network input of guidance-distilled models
 
 
 def apply_guidance(
@@ -22,16 +23,20 @@ def apply_guidance(
 ) -> Plan:
     """Classifier-free guidance: g = uncond + scale * (cond - uncond); the solver's history holds g.
 
+    Of "embedded" kind the network is distilled from a guided one and is fed the scale: net input "guidance" = scale,
+    one branch, no further op.
+
     Args:
         plan: a plan without guidance, bound or not.
         scale: guidance scale, unitless; a default that each request may override (input `guidance_scale`).
-        kind: "cfg".
+        kind: "cfg" or "embedded", which takes no interval and no rescale.
         interval: (a, b) with 0 = noise end: rows i of n evaluations with int(a*n) <= i < int(b*n) are guided, the
             others evaluate and read `cond` alone.
         rescale: phi of CFG rescale (0: off): g <- phi * g * std(cond)/std(g) + (1 - phi) * g.
     Returns: the guided plan; its recipe names this pass.
     Raises: ArgumentError, PlanError (guided already).
-    Source: Ho and Salimans 2022, eq. 6; Kynkaanniemi et al. 2024 (interval); Lin et al. 2023, eq. 16 (rescale).
+    Source: Ho and Salimans 2022, eq. 6; Kynkaanniemi et al. 2024 (interval); Lin et al. 2023, eq. 16 (rescale);
+        Meng et al. 2023, section 3.1 (embedded).
     """
     if kind not in KINDS:
         raise ArgumentError(f"apply_guidance: kind {kind!r} is unknown; use {', '.join(KINDS)}")
@@ -40,13 +45,18 @@ def apply_guidance(
         raise ArgumentError(f"apply_guidance: interval {interval}; need 0 <= a < b <= 1 (0 = noise end)")
     if not math.isfinite(scale) or not 0.0 <= rescale <= 1.0:
         raise ArgumentError(f"apply_guidance: scale {scale}, rescale {rescale}; need a finite scale, 0 <= rescale <= 1")
-    if any("uncond" in step.branches for step in plan.steps):
+    if kind == "embedded" and (tuple(interval) != (0.0, 1.0) or rescale):
+        raise ArgumentError(f"apply_guidance: interval {interval}, rescale {rescale}; an embedded scale takes neither")
+    if any("uncond" in step.branches or EMBEDDED in dict(step.net_inputs) for step in plan.steps):
         raise PlanError("apply_guidance: the plan is guided already; start from the plan without guidance")
     first, last = int(low * plan.nfe), int(high * plan.nfe)
     steps, evaluation = [], 0
     for step in plan.steps:
         if step.variant is not None:
-            if first <= evaluation < last:
+            if kind == "embedded":
+                fed = (EMBEDDED, InputRef("guidance_scale", float(scale)))
+                step = replace(step, net_inputs=(*step.net_inputs, fed))
+            elif first <= evaluation < last:
                 step = _guided(step, float(scale), float(rescale))
             evaluation += 1
         steps.append(step)

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vivace.engine.noise_schedule import NoiseSchedule
-from vivace.engine.plan import Affine, AgeRef, Args, Coef, Op, Plan, Step, Transform
+from vivace.engine.plan import Affine, AgeRef, Args, Coef, Op, Plan, Step, Transform, reads, writes
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, PlanError
 
@@ -40,6 +40,7 @@ VARIABLES = {
     "unipc": "lam",
     "lms": "rho",
     "ipndm": "step",
+    "gradient_estimation": "step",
     "pndm": "step",
     "DPMSolverMultistepScheduler": "lam",
     "EDMDPMSolverMultistepScheduler": "lam",
@@ -92,6 +93,7 @@ def token_history(plan: Plan, rows: Sequence[int], ages: int = 3) -> Plan:
         raise ArgumentError(f"{NAME}: ages {ages!r:.40}; an integer from 0 to 32 is needed")
     if not rows:
         return plan
+    _check_memory(plan)
     known = _rows(plan)
     later = [row for row in known if row.number >= min(rows)]
     depth = max((age for row in later for age, _ in row.reads), default=0)
@@ -121,8 +123,8 @@ def _rows(plan: Plan) -> list[_Row]:
     owner: dict[str, int] = {}  # history slot -> step that wrote it
     step, before, latest = -1, "", ""
     for number, row in enumerate(plan.steps):
-        if row.variant is None:
-            continue
+        if row.variant is None and not any(HISTORY.match(_dst(op)) for op in row.ops):
+            continue  # a row without evaluation that fills history is a step as others
         if row.x == "x":
             step, before = step + 1, latest
         kept = next((k for k, op in enumerate(row.ops) if isinstance(op, Affine) and HISTORY.match(op.dst)), -1)
@@ -151,6 +153,27 @@ def _noise(step: Step) -> bool:
         if isinstance(op, Affine)
         for slot, _ in op.terms
     )
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raise PlanError where tokens left out would lack more than history m<k>: other slots, noise between rows."""
+    kept: set[str] = set()  # slots of earlier rows
+    for i, step in enumerate(plan.steps):
+        mine = {"x", "u", *step.outs}
+        if step.variant is None and _noise(step) and any(row.variant is not None for row in plan.steps[:i]):
+            raise PlanError(
+                f"{NAME}: step {i} adds noise between evaluations (apply_restart), which tokens left out would not "
+                "follow; use a plan without restarts"
+            )
+        for op in step.ops:
+            for slot in reads(op):
+                if slot in kept and slot not in mine and not HISTORY.match(slot):
+                    raise PlanError(
+                        f"{NAME}: step {i} reads slot {slot!r} of an earlier row, which tokens left out would lack "
+                        "(momentum, ghvb and the like); use a plan without, such as of dpmpp_2m"
+                    )
+            mine.add(writes(op))
+        kept |= mine
 
 
 def _check_reads(plan: Plan, rows: Sequence[_Row]) -> None:

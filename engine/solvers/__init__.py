@@ -12,28 +12,39 @@ from typing import Any
 
 from vivace.engine.plan import Step
 from vivace.engine.solvers.adams import deis, lagrange, lms
+from vivace.engine.solvers.bdia import bdia
+from vivace.engine.solvers.dc_solver import dc_solver
 from vivace.engine.solvers.ddim import ddim, ddpm, euler_ancestral
+from vivace.engine.solvers.dpm_solver_v3 import dpm_solver_v3
 from vivace.engine.solvers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from vivace.engine.solvers.flow_euler import flow_euler
+from vivace.engine.solvers.ghvb import ghvb
+from vivace.engine.solvers.gradient_estimation import gradient_estimation
 from vivace.engine.solvers.heun import euler, flow_heun, heun
+from vivace.engine.solvers.iia import iia
 from vivace.engine.solvers.lcm import lcm
 from vivace.engine.solvers.pndm import ipndm, pndm
 from vivace.engine.solvers.rows import Rows
 from vivace.engine.solvers.singlestep import dpm_solver, dpmpp_2s
 from vivace.engine.solvers.unipc import unipc
+from vivace.engine.solvers.usf import usf
 from vivace.engine.timesteps import Grid, choose
 
 __all__ = ["PER_ROW", "SOLVERS", "solver_options", "solver_rows"]
 
-PER_ROW = frozenset[str]()  # options that hold one value a row; a tail takes those of its rows
+# Options that hold one value a row; a tail takes those of its rows.
+PER_ROW = frozenset({"ratios", "orders", "forms", "variables", "corrected", "relaxation", "fed"})
 
 SOLVERS: Mapping[str, Callable[..., tuple[Step, ...] | Rows]] = {
     solver.__name__: solver
     for solver in (
+        bdia,
+        dc_solver,
         ddim,
         ddpm,
         deis,
         dpm_solver,
+        dpm_solver_v3,
         dpmpp_2m,
         dpmpp_2m_sde,
         dpmpp_2s,
@@ -42,13 +53,17 @@ SOLVERS: Mapping[str, Callable[..., tuple[Step, ...] | Rows]] = {
         euler_ancestral,
         flow_euler,
         flow_heun,
+        ghvb,
+        gradient_estimation,
         heun,
+        iia,
         ipndm,
         lagrange,
         lcm,
         lms,
         pndm,
         unipc,
+        usf,
     )
 }
 

@@ -126,15 +126,25 @@ def dpmpp_rows(
         eta, s_noise: strength of the SDE and factor on its noise.
         ages: of every row the rows that it reads, see `rows.planned_ages`, in place of `orders`.
     """
+    rule = (form, variant, third, eta)
+    reads = [range(order) for order in orders] if ages is None else ages
+    return assemble(grid, prediction, dpmpp_updates(grid, reads, rule, s_noise), transform, form=form)
+
+
+def dpmpp_updates(
+    grid: Grid, ages: Sequence[Sequence[int]], rule: tuple[str, str, str, float], s_noise: float = 1.0
+) -> list[Update]:
+    """The coefficients of `dpmpp_rows`; rule: its (form, variant, third, eta)."""
+    form, eta = rule[0], rule[3]
     updates = []
     for row in range(grid.steps):
-        read = usable_ages(grid, row, range(orders[row]) if ages is None else ages[row])
+        read = usable_ages(grid, row, ages[row])
         first = _first(form, grid, row, eta)
         weights = first.weights
         if len(read) > 1:
-            weights = spread(read, _extrapolated(grid, row, read, first.weights[0], (form, variant, third, eta)))
+            weights = spread(read, _extrapolated(grid, row, read, first.weights[0], rule))
         updates.append(Update(first.keep, weights, x0=first.x0, noise=s_noise * first.noise))
-    return assemble(grid, prediction, updates, transform, form=form)
+    return updates
 
 
 def _first(form: str, grid: Grid, row: int, eta: float) -> Update:

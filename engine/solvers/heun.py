@@ -88,6 +88,21 @@ def churned_rows(
     The churn of a step is part of the row before it; before the first step it is a row without evaluation.
     """
     form = "eps" if any(corrected) else "x0"
+    levels, updates = churned_updates(grid, gammas, corrected, s_noise)
+    if not gammas[0]:
+        return assemble(levels, prediction, updates, transform, form=form)
+    steps = assemble(levels, prediction, updates, transform, form=form, first_draw=2)
+    churn = _churned(Update(1.0, ()), grid.level(0), levels.level(0), s_noise)
+    first = affine("x", ("x", churn.keep), ("noise:1", churn.noise))
+    alone = Step(grid.timesteps[0], *grid.level(0), (first,), variant=None)
+    return (alone, replace(steps[0], restart=True), *steps[1:])
+
+
+def churned_updates(
+    grid: Grid, gammas: Sequence[float], corrected: Sequence[bool], s_noise: float = 1.0
+) -> tuple[Grid, list[Update]]:
+    """The levels of the evaluations of `churned_rows`, and their coefficients."""
+    form = "eps" if any(corrected) else "x0"
     starts = [_raised(grid, row, gamma) for row, gamma in enumerate(gammas)]
     points: list[tuple[float, Level]] = []
     updates: list[Update] = []
@@ -103,14 +118,7 @@ def churned_rows(
             updates.append(first_update(form, start, end))
         if row + 1 < grid.steps and gammas[row + 1]:
             updates[-1] = _churned(updates[-1], end, starts[row + 1][1], s_noise)
-    levels = levels_of(points, grid)
-    if not gammas[0]:
-        return assemble(levels, prediction, updates, transform, form=form)
-    steps = assemble(levels, prediction, updates, transform, form=form, first_draw=2)
-    churn = _churned(Update(1.0, ()), grid.level(0), starts[0][1], s_noise)
-    first = affine("x", ("x", churn.keep), ("noise:1", churn.noise))
-    alone = Step(grid.timesteps[0], *grid.level(0), (first,), variant=None)
-    return (alone, replace(steps[0], restart=True), *steps[1:])
+    return levels_of(points, grid), updates
 
 
 def _raised(grid: Grid, row: int, gamma: float) -> tuple[float, Level]:

@@ -44,6 +44,7 @@ def lagrange_weights(
     end: Level,
     time_of: TimeOf | None = None,
     kinks: FloatArray | None = None,
+    start: Level | None = None,
 ) -> tuple[float, tuple[float, ...]]:
     """(a, (b_0, b_1, ...)) of the row from levels[0] to `end` with values at `levels`, newest first.
 
@@ -51,20 +52,23 @@ def lagrange_weights(
     Args:
         form: "eps" or "x0"; variable: u, "lam", "rho" or "t".
         time_of: t of lam [n], for "t"; kinks: lam where it is not smooth.
+        start: where the row starts when that is not levels[0]: a corrector's newest value is at `end`.
     """
+    start = levels[0] if start is None else start
     first = first_order if form == "x0" else first_order_eps
-    keep, whole = first(levels[0], end)
+    keep, whole = first(start, end)
     if len(levels) == 1:
         return keep, (whole,)
     lams = np.array([math.log(alpha / sigma) for alpha, sigma in levels])
     if form == "eps" and variable == "rho":
         nodes = np.exp(-lams)
         points, masses = _panels(0.0, 1.0)
-        change = end[1] / end[0] - nodes[0]
-        points, masses = nodes[0] + change * points, end[0] * change * masses
+        begin = nodes[0] if start == levels[0] else start[1] / start[0]
+        change = end[1] / end[0] - begin
+        points, masses = begin + change * points, end[0] * change * masses
     else:
         stop = math.log(end[0] / end[1])
-        lam, masses = _panels(float(lams[0]), stop, kinks)
+        lam, masses = _panels(math.log(start[0] / start[1]), stop, kinks)
         masses = end[0] * np.exp(lam - stop) * masses if form == "x0" else -end[1] * np.exp(stop - lam) * masses
         nodes, points = (_in_variable(variable, values, time_of) for values in (lams, lam))
     older = [float(masses @ _basis(nodes, j, points)) for j in range(1, len(nodes))]
@@ -97,7 +101,7 @@ def lagrange_updates(
     """The coefficients of `lagrange_rows`."""
     choose("form", form, ("x0", "eps"))
     choose("variable", variable, VARIABLES)
-    time_of, kinks = _time_of(grid) if variable == "t" else (None, None)
+    time_of, kinks = time_of_lam(grid) if variable == "t" else (None, None)
     updates = []
     for row in range(grid.steps):
         read = usable_ages(grid, row, ages[row], to_zero=to_zero and (form, variable) == ("eps", "rho"))
@@ -137,7 +141,7 @@ def _in_variable(variable: str, lam: FloatArray, time_of: TimeOf | None) -> Floa
     return lam if variable == "lam" else np.exp(-lam)
 
 
-def _time_of(grid: Grid) -> tuple[TimeOf, FloatArray | None]:
+def time_of_lam(grid: Grid) -> tuple[TimeOf, FloatArray | None]:
     """t of lam, and the kinks of VP's: t is piecewise smooth between training timesteps."""
     schedule = grid.known_schedule()
     if schedule.kind != "vp":

@@ -25,10 +25,14 @@ CONVERSIONS = {"x0": to_x0, "eps": to_eps, "flow": to_flow}
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows whose coefficients are in part tensors: the side-car's arrays by the keys that their `TensorRef`s name."""
+    """Rows whose coefficients are in part tensors: the side-car's arrays by the keys that their `TensorRef`s name.
+
+    results: slots that a run of the rows hands back.
+    """
 
     steps: tuple[Step, ...]
     arrays: Arrays
+    results: tuple[str, ...] = ("x",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,13 +126,13 @@ def singlestep_rows(
     for size in groups:
         for stage in range(1, size + 1):
             rule = variant if stage == size else inner
-            updates.append(_stage(grid, row, stage, rule, form, last=stage == size))
+            updates.append(stage_update(grid, row, stage, rule, form, last=stage == size))
         row += size
     return assemble(grid, prediction, updates, transform, form=form)
 
 
-def _stage(grid: Grid, row: int, stage: int, variant: str, form: str, *, last: bool) -> Update:
-    """From the start of the step at `row` to the level after `stage` evaluations."""
+def stage_update(grid: Grid, row: int, stage: int, variant: str, form: str, *, last: bool) -> Update:
+    """From the start of the step at `row` to the level after `stage` evaluations; last: it ends the step."""
     start, end = grid.level(row), grid.level(row + stage)
     first = first_update(form, start, end)
     if stage == 1:

@@ -91,6 +91,20 @@ def unipc_rows(
     form "eps": H = +h, sigma'/sigma becomes alpha'/alpha and alpha' becomes sigma'; a step from alpha = 0 is then not
     corrected. ages: of every row the rows that it reads, see `rows.planned_ages`, in place of `orders`.
     """
+    updates = unipc_updates(grid, orders, variant, corrected, form=form, ages=ages)
+    return assemble(grid, prediction, updates, transform, form=form)
+
+
+def unipc_updates(
+    grid: Grid,
+    orders: Sequence[int],
+    variant: str,
+    corrected: Sequence[bool],
+    *,
+    form: str = "x0",
+    ages: Sequence[Sequence[int]] | None = None,
+) -> list[Update]:
+    """The coefficients of `unipc_rows`."""
     updates: list[Update] = []
     delta: tuple[float, ...] = ()
     for row in range(grid.steps):
@@ -99,7 +113,7 @@ def unipc_rows(
         merged = tuple(w + first.keep * d for w, d in zip_longest(weights, delta, fillvalue=0.0))
         updates.append(replace(first, weights=merged))
         delta = correction if corrected[row] else ()
-    return assemble(grid, prediction, updates, transform, form=form)
+    return updates
 
 
 def _step(

@@ -55,6 +55,7 @@ _HOME = {name: module for module, names in _FROM.items() for name in names}
 _MODULES = {
     "passes": "engine.passes",
     "planners": "engine.planners",
+    "sources": "engine.sources",
     "metrics": "metrics",
     "engine": "engine",
     "kernels": "kernels",

@@ -3,6 +3,7 @@ from vivace import kernels as kernels
 from vivace import metrics as metrics
 from vivace.engine import passes as passes
 from vivace.engine import planners as planners
+from vivace.engine import sources as sources
 from vivace.engine.bind import ModelSpec as ModelSpec
 from vivace.engine.noise_schedule import NoiseSchedule as NoiseSchedule
 from vivace.engine.plan import Action as Action

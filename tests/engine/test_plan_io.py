@@ -192,3 +192,9 @@ def test_an_illegal_plan_is_never_written(tmp_path):
 def test_defaults_are_left_out_of_the_file():
     assert encode_fields(Variant()) == {}
     assert encode_fields(Step(1.0, 1.0, 0.0, ())) == {"timestep": 1.0, "alpha": 1.0, "sigma": 0.0, "ops": []}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_side_car_holds_finite_numbers(value):
+    with pytest.raises(PlanError, match="'gain' holds NaN or infinity"):
+        tensor_infos({"gain": np.array([1.0, value])})

@@ -249,7 +249,7 @@ def test_ddim_with_fresh_noise_is_equation_16():
 @pytest.mark.parametrize(
     ("solver", "options", "message"),
     [
-        ("unipic", {}, "known: ddim, ddpm, .*; did you mean 'unipc'"),
+        ("unipic", {}, "known: bdia, .*, ddim, ddpm, .*; did you mean 'unipc'"),
         ("unipc", {"ordre": 2}, "unipc: option: unknown 'ordre'.*did you mean 'order'"),
         ("unipc", {"order": 4}, "order must be an integer in 1..3"),
         ("unipc", {"order": True}, "order"),

@@ -100,6 +100,8 @@ def test_inner_stages_live_in_a_slot_of_their_own_and_nothing_is_copied():
     assert [step.ops[-1].dst for step in plan.steps] == ["u", "x", "u", "x", "x"]
     assert [step.sigma for step in plan.steps] == [20.0, *[plan.steps[2].sigma] * 2, 0.01, 0.01]
     for solver, options in VARIED:
+        if solver == "bdia":  # its state moves on to the slot of the one before
+            continue
         schedule = FLOW if solver.startswith("flow_") else VP
         for op in make_plan(schedule, solver, 9, prediction="v", **options).ops():
             slots = [slot for slot, _ in op.terms]

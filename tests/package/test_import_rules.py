@@ -12,6 +12,7 @@ PLAN = (
     *("engine.plan", "engine.verify", "engine.verify_caches", "engine.caching", "engine.bind"),
     *("engine.prediction", "engine.render", "engine.token_rows", "engine.token_layout", "engine.verify_tokens"),
     "engine.merge_rows",
+    "engine.low_rank",
 )
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
 FROM_DIFFUSERS = tuple(

@@ -5,7 +5,6 @@ Exit code 0 when done, 2 for a mistake of the caller (one clear line), 1 for a f
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -27,7 +26,9 @@ from vivace.cli.options import (
     Threads,
     Tokens,
 )
-from vivace.errors import ArgumentError, VivaceError
+from vivace.cli.plan import plan_app
+from vivace.cli.values import emit, pairs_of
+from vivace.errors import VivaceError
 
 app = typer.Typer(
     name="vivace",
@@ -36,7 +37,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plan_app = typer.Typer(help="Make, read, compare and check plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 
 
@@ -79,7 +79,7 @@ def generate(
         tokens=tokens,
         show_tokens=show_tokens,
     )
-    _print(data, text, as_json)
+    emit(data, text, as_json)
 
 
 @app.command()
@@ -88,13 +88,17 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Calibration table to write (.safetensors).")],
     quantization: Annotated[bool, typer.Option("--quantization", help="What linear layers read, for 8 bits.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="What caches do to pictures, for their planners.")] = False,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="Alone: the method to calibrate, as dpm_solver_v3. With --quantization, --cache: a solver."),
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Option of the method, name=value; repeatable.")] = None,
     plan: PlanFile = None,
-    solver: Solver = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    recipe: Annotated[str, typer.Option(help="per_token, static or ptq4dm.")] = "per_token",
+    recipe: Annotated[str | None, typer.Option(help="per_token (default), static or ptq4dm; quantization.")] = None,
     samples: Annotated[
-        int | None, typer.Option(help="States, or runs for caches; default: the recipe's, 8.", min=1)
+        int | None, typer.Option(help="States, runs for caches, trajectories of a method; default: its own.", min=1)
     ] = None,
     groups: Annotated[int | None, typer.Option(help="Timestep groups; default: the recipe's.", min=1)] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; default: classes of the model.")] = None,
@@ -104,34 +108,33 @@ def calibrate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model along the plan that it will run; `vivace quantize` and planners of caches read the table."""
-    from vivace.cli.calibrate import calibrate_caches, calibrate_model
+    """Measure a model: for a solver (--solver METHOD), for 8 bits, or for caches. A stopped --solver run goes on."""
+    from vivace.cli.calibrate import calibrate_caches, calibrate_model, purpose_of
 
-    if quantization == cache:
-        raise ArgumentError("calibrate: say what for: --quantization or --cache")
-    if cache:
-        if recipe != "per_token" or groups is not None:
-            raise ArgumentError("calibrate: --recipe and --groups are of --quantization; drop them")
-        run = {"plan": plan, "solver": solver, "steps": steps, "guidance": guidance, "quantized": quantized}
-        data, text = calibrate_caches(model, out=out, **run, pictures=samples, prompts=prompts, seed=seed)
-        _print(data, text, as_json)
-        return
-    if quantized is not None:
-        raise ArgumentError("calibrate: --quantized is of --cache; drop it")
-    data, text = calibrate_model(
-        model,
-        out=out,
-        plan=plan,
-        solver=solver,
-        steps=steps,
-        guidance=guidance,
-        recipe=recipe,
-        samples=samples,
-        groups=groups,
-        prompts=prompts,
-        seed=seed,
+    asked: dict[str, Any] = {"out": out, "steps": steps, "guidance": guidance, "prompts": prompts, "seed": seed}
+    purpose = purpose_of(
+        quantization,
+        cache,
+        {
+            "--solver": solver,
+            "--plan": plan,
+            "--recipe": recipe,
+            "--groups": groups,
+            "--quantized": quantized,
+            "--option": option,
+        },
     )
-    _print(data, text, as_json)
+    if purpose == "solver":
+        from vivace.cli.solver_tables import calibrate_solver
+
+        data, text = calibrate_solver(model, solver or "", samples=samples, options=pairs_of(option), **asked)
+    elif purpose == "cache":
+        asked |= {"plan": plan, "solver": solver, "quantized": quantized, "pictures": samples}
+        data, text = calibrate_caches(model, **asked)
+    else:
+        asked |= {"plan": plan, "solver": solver, "recipe": recipe or "per_token", "samples": samples, "groups": groups}
+        data, text = calibrate_model(model, **asked)
+    emit(data, text, as_json)
 
 
 @app.command()
@@ -157,102 +160,7 @@ def quantize(
         rounding=rounding,
         high=high or (),
     )
-    _print(data, text, as_json)
-
-
-@plan_app.command("new")
-def plan_new(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write; without it the plan is only printed.")] = None,
-    model: Model = "emoji",
-    scheduler: Annotated[Path | None, typer.Option(help="A scheduler_config.json: the plan that it would run.")] = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    grid: Annotated[str | None, typer.Option(help="uniform, linspace, leading, trailing, logsnr or karras.")] = None,
-    timesteps: Annotated[str | None, typer.Option(help="Explicit timesteps, comma-separated, one a step.")] = None,
-    sigmas: Annotated[str | None, typer.Option(help="Explicit noise levels, comma-separated, one a step.")] = None,
-    final: Annotated[str, typer.Option(help="Noise level of the result: zero or sigma_min.")] = "zero",
-    option: Annotated[list[str] | None, typer.Option(help="Solver option, name=value; repeatable.")] = None,
-    guidance: Guidance = None,
-    interval: Annotated[str, typer.Option(help="Share of rows that are guided, a:b with 0 = noise end.")] = "0:1",
-    cache: Annotated[
-        list[str] | None, typer.Option(help="NAME[:key=value,...] of vivace.planners, as fora:interval=2; repeatable.")
-    ] = None,
-    tokens: Tokens = None,
-    bind: Annotated[bool, typer.Option("--bind", help="Bind the plan to the model.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Make a plan and print it; with --out also write it."""
-    from vivace.cli.caches import printed, summary, with_caches
-    from vivace.cli.tokens import with_tokens
-    from vivace.engine.passes import apply_guidance
-    from vivace.engine.plan import Plan
-    from vivace.models.load import open_model
-    from vivace.models.pipe import default_plan
-
-    levels = {"timesteps": _numbers("--timesteps", timesteps), "sigmas": _numbers("--sigmas", sigmas)}
-    explicit = next((values for values in levels.values() if values is not None), None)
-    if steps is None and explicit is not None:
-        steps = len(explicit)
-    if scheduler is None:
-        options = levels | {"grid": grid, "final": final} | _options(option)
-        made = default_plan(open_model(model), solver, steps, guidance, interval=_interval(interval), **options)
-    else:
-        if solver or grid or option:
-            raise ArgumentError("plan new: --scheduler decides solver, grid and options; drop them")
-        made = Plan.from_diffusers(_read_json(scheduler), 20 if steps is None else steps, **levels)
-        if guidance is not None and guidance != 1.0:
-            made = apply_guidance(made, guidance, interval=_interval(interval))
-    if bind:
-        made = made.bind(open_model(model).spec)
-    made = with_tokens(with_caches(made, cache), tokens)
-    if out is not None:
-        made.save(out)
-    _print({"plan": summary(made), "path": None if out is None else str(out)}, printed(made), as_json)
-
-
-@plan_app.command("show")
-def plan_show(path: Annotated[Path, typer.Argument(help="Plan file.")], as_json: Json = False) -> None:
-    """Print a plan: one line per network evaluation."""
-    from vivace.cli.caches import printed, summary
-    from vivace.engine.plan import Plan
-
-    plan = Plan.load(path)
-    _print({"plan": summary(plan)}, printed(plan), as_json)
-
-
-@plan_app.command("diff")
-def plan_diff(
-    one: Annotated[Path, typer.Argument(help="Plan file.")],
-    two: Annotated[Path, typer.Argument(help="Plan file.")],
-    as_json: Json = False,
-) -> None:
-    """What differs between the printouts of two plans; nothing when they are equal."""
-    from vivace.engine.plan import Plan
-    from vivace.engine.render import render_diff
-
-    a, b = Plan.load(one), Plan.load(two)
-    text = render_diff(a, b, (str(one), str(two)))
-    equal = a.hash == b.hash
-    data = {"equal": equal, "hashes": [a.hash, b.hash], "diff": text.splitlines()}
-    _print(data, "the plans are equal" if equal else text, as_json)
-
-
-@plan_app.command("validate")
-def plan_validate(
-    path: Annotated[Path, typer.Argument(help="Plan file.")],
-    model: Annotated[str | None, typer.Option(help="Also bind it to this model.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check a plan file: format, side-car, legality, and with --model that it binds."""
-    from vivace.cli.caches import summary
-    from vivace.engine.plan import Plan
-    from vivace.models.load import open_model
-
-    plan = Plan.load(path)
-    if model is not None:
-        plan = plan.bind(open_model(model).spec)
-    text = f"{path}: legal, {plan.nfe} evaluations, hash {plan.hash[:12]}" + (f", binds to {model}" if model else "")
-    _print({"valid": True, "plan": summary(plan)}, text, as_json)
+    emit(data, text, as_json)
 
 
 @app.command()
@@ -284,7 +192,7 @@ def profile(
         require_tokens(chosen, "--tokens")
     session = pipe.compile(chosen, backend=backend, threads=threads)
     report = profile_request(session, prompt, n=n, trace=trace, tokens=tokens)
-    _print(report.to_dict(top), report.table(top), as_json)
+    emit(report.to_dict(top), report.table(top), as_json)
 
 
 @app.command()
@@ -293,7 +201,7 @@ def doctor(as_json: Json = False) -> None:
     from vivace.profile.doctor import examine
 
     found = examine()
-    _print(found.to_dict(), str(found), as_json)
+    emit(found.to_dict(), str(found), as_json)
 
 
 @app.command()
@@ -302,61 +210,16 @@ def bench(
     op: Annotated[str | None, typer.Option(help="Only this op; with gate, the model.")] = None,
     claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,
+    model: Annotated[str | None, typer.Option(help="With solvers: every method on this model, emoji.")] = None,
+    oracle: Annotated[str | None, typer.Option(help="With solvers: every method on this closed form, gmm.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report, table and plots.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure, side by side with peers; every speed row carries its quality."""
     from vivace.bench import render, run
 
-    data = run(suite, op=op, claim=claim, quick=quick, out=out)
-    _print(data, render(data), as_json)
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    """name=value pairs; values are JSON where they parse as JSON, else text."""
-    out: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ArgumentError(f"option {pair!r}: write name=value")
-        try:
-            out[name] = json.loads(value)
-        except json.JSONDecodeError:
-            out[name] = value
-    return out
-
-
-def _numbers(name: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ArgumentError(f"{name} {text!r}: write numbers separated by commas") from None
-
-
-def _interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError:
-        raise ArgumentError(f"interval {text!r}: write a:b, two numbers from 0 (noise end) to 1") from None
-    return low, high
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise ArgumentError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ArgumentError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ArgumentError(f"{path}: not a scheduler configuration (a JSON object)")
-    return data
-
-
-def _print(data: dict[str, Any], text: str, as_json: bool) -> None:
-    print(json.dumps(data, allow_nan=False) if as_json else text)
+    data = run(suite, op=op, claim=claim, quick=quick, out=out, model=model, oracle=oracle)
+    emit(data, render(data), as_json)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,17 @@ def with_caches(plan: Plan, caches: list[str] | None) -> Plan:
     return plan
 
 
-def arguments_in(option: str, rest: str) -> dict[str, Any]:
+def arguments_in(option: str, rest: str, *, tables: Sequence[str] = TABLES) -> dict[str, Any]:
     """key=value pairs between commas outside of brackets; values are JSON, a+b is a list, else text.
 
-    option: for messages; rest: the pairs.
+    option: for messages; rest: the pairs; tables: keys whose values are files of tables, which are read.
     """
     out: dict[str, Any] = {}
     for pair in re.split(r",(?![^\[]*\])", rest) if rest else ():
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier() or key in out:
             raise ArgumentError(f"{option}: {pair!r:.40}; write key=value,key=value, each key once")
-        out[key] = CalibrationTable.load(Path(value)) if key in TABLES and not value.startswith("[") else _value(value)
+        out[key] = CalibrationTable.load(Path(value)) if key in tables and not value.startswith("[") else _value(value)
     return out
 
 

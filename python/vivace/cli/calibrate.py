@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vivace.cli.progress import progress_bars
 from vivace.errors import ArgumentError, OutputError
+
+FOREIGN: Mapping[str, tuple[str, ...]] = {  # options that say nothing for a purpose
+    "quantization": ("--quantized", "--option"),
+    "cache": ("--recipe", "--groups", "--option"),
+    "solver": ("--plan", "--recipe", "--groups", "--quantized"),
+}
+
+
+def purpose_of(quantization: bool, cache: bool, given: Mapping[str, Any]) -> str:
+    """What a calibration is for: "quantization", "cache" or "solver". Raises ArgumentError.
+
+    given: values of the options that not every purpose has, by name; None: not given.
+    """
+    solver = given["--solver"] is not None and not (quantization or cache)
+    if quantization + cache + solver != 1:
+        raise ArgumentError("calibrate: say what for: --solver METHOD, --quantization or --cache")
+    purpose = "solver" if solver else "cache" if cache else "quantization"
+    for name in FOREIGN[purpose]:
+        if given[name] is not None:
+            whose = " or ".join(f"--{other}" for other, foreign in FOREIGN.items() if name not in foreign)
+            raise ArgumentError(f"calibrate: {name} says nothing with --{purpose}; drop it ({whose} reads it)")
+    return purpose
 
 
 def calibrate_model(

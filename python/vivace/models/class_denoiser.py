@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from vivace.engine.merge_rows import SITE as MERGE
+from vivace.engine.perturbed import parted, perturbs
 from vivace.engine.plan import Variant
 from vivace.engine.precision import named
 from vivace.models import pictures
@@ -33,6 +34,7 @@ class ClassDenoiser:
 
     models: tuple[str, ...] = ("main",)
     sites, metrics = SITES | {MERGE, LISTENS}, METRICS
+    identity = True
 
     def __init__(self, model: LoadedModel, quantized: QuantizedWeights | None = None) -> None:
         self.model, self.spec, self.quantized = model, model.spec, quantized
@@ -71,6 +73,8 @@ class ClassDenoiser:
         merging: Merging | None = None,
     ) -> tuple[Tensor, ...]:
         """One prediction [n, C, H, W] per branch of the variant."""
+        if perturbs(variant):
+            return self._perturbed(x, timesteps, conditions, variant)
         row = x, timesteps, conditions, variant
         if not turns and resume is None and focus is None and merging is None:
             return self.run_with(*row, variant.branches, lambda network, *inputs: network(*inputs))
@@ -83,6 +87,20 @@ class ClassDenoiser:
             if seen is not None:
                 forward = partial(forward, hidden=states_of(seen, names), block=seen.block)
             made.update(zip(names, self.run_with(*row, names, forward), strict=True))
+        return tuple(made[branch] for branch in variant.branches)
+
+    def _perturbed(
+        self, x: Tensor, timesteps: Sequence[float], conditions: Sequence[Match], variant: Variant
+    ) -> tuple[Tensor, ...]:
+        """Predictions of a row with the identity for attention maps of some blocks in some branches."""
+        from vivace.models.perturbed import perturbed_dit
+
+        made: dict[str, Tensor] = {}
+        for part, blocks in parted(variant):
+            forward = partial(perturbed_dit, blocks=blocks)
+            made |= zip(
+                part.branches, self.run_with(x, timesteps, conditions, part, part.branches, forward), strict=True
+            )
         return tuple(made[branch] for branch in variant.branches)
 
     def why_not_kept(self, site: str, blocks: tuple[int, int]) -> None:
@@ -118,7 +136,7 @@ class ClassDenoiser:
 
         ids = [condition.id for condition in conditions]
         null = [self.model.classes] * len(ids)
-        labels = torch.tensor([ids if branch == "cond" else null for branch in branches], device=x.device)
+        labels = torch.tensor([null if branch == "uncond" else ids for branch in branches], device=x.device)
         t = torch.tensor(timesteps, dtype=torch.float64, device=x.device)
         if not named(variant):
             return forward(self.model.module, x, t, labels)
@@ -138,7 +156,7 @@ class ClassDenoiser:
         given = {} if quantized is None else {"quantized": quantized}
 
         def label(match: Match, branch: str) -> int:
-            return match.id if branch == "cond" else null
+            return null if branch == "uncond" else match.id
 
         if self.device.type == "cuda":
             return DitReplay(module, label, **given)

@@ -23,7 +23,7 @@ from vivace.models.load import load as load_model
 if TYPE_CHECKING:
     import torch
 
-    from vivace.engine.session import Session
+    from vivace.engine.session import Planned, Session
     from vivace.models.pipelines.decode import DecodeOptions
     from vivace.models.pipelines.open import ForeignPipe
     from vivace.models.quantized.weights import QuantizedWeights
@@ -60,7 +60,7 @@ class Pipe:
 
     def compile(
         self,
-        plan: Plan | Sequence[Plan],
+        plan: Planned | Sequence[Planned],
         *,
         backend: str = "auto",
         device: str | torch.device = "auto",
@@ -68,17 +68,21 @@ class Pipe:
         threads: int | None = None,
         batch: int | None = None,
         hoist: bool = True,
+        tolerance: float | None = None,
+        window: int | None = None,
     ) -> Session:
         """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
 
         Args:
             backend: "eager", "cpu" or "cuda_graph"; one asked for by name that cannot run here is an error. "auto" is
-                the compiled one of the device where it can run the model, else eager; the receipt says why.
+                the compiled one of the device where it can run the model, else eager; the receipt says why. "picard"
+                evaluates many rows together, again and again, by the executor that "auto" is.
             device: "auto" takes a GPU when torch finds one.
             dtype: of the network, a torch dtype or its name; None keeps the loaded one. The state between evaluations
                 is float32 (float64 for a float64 network).
             threads: CPU threads of this session; None is torch's number. batch: samples to make room for beforehand.
             hoist: what does not depend on the latent is computed before the loop, for all rows at once.
+            tolerance, window: of "picard", see `engine.executors.picard`; None: 0.03, and all rows.
         Raises: BackendError, PlanError, UnsupportedError, ArgumentError.
         """
         import torch
@@ -91,8 +95,8 @@ class Pipe:
         denoiser = ClassDenoiser(self._placed(place, dtype_of(dtype)), self._quantized_on(place))
         return Session(
             denoiser,
-            [plan] if isinstance(plan, Plan) else list(plan),
-            make_executor(backend, denoiser, hoist=hoist),
+            list(plan) if isinstance(plan, Sequence) else [plan],
+            make_executor(backend, denoiser, hoist=hoist, tolerance=tolerance, window=window),
             shape=denoiser.spec.latent_shape,
             state_dtype=torch.float64 if denoiser.dtype == torch.float64 else torch.float32,
             threads=threads,

@@ -115,4 +115,4 @@ def test_the_command_measures_it(pipe, tmp_path, capsys):
     assert "noise_variance/attn" in CalibrationTable.load(out).arrays
     asked = ["calibrate", "emoji", "--quantization", "--out", str(out), "--quantized", str(tmp_path / "weights")]
     assert run(asked) != 0
-    assert "--quantized is of --cache" in capsys.readouterr().err
+    assert "--quantized says nothing with --quantization" in capsys.readouterr().err

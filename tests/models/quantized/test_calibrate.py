@@ -298,7 +298,7 @@ def test_command_line(capsys, tmp_path):
     assert run(["calibrate", "emoji", "--quantization", "--out", str(out), *options]) == 0
     assert "24 layers measured" in capsys.readouterr().out
     for bad, message in (
-        (["calibrate", "emoji", "--out", str(out)], "say what for: --quantization"),
+        (["calibrate", "emoji", "--out", str(out)], "say what for: --solver METHOD, --quantization"),
         (["calibrate", "emoji", "--quantization", "--out", str(tmp_path / "no" / "t")], "cannot be written"),
         (["calibrate", "emoji", "--quantization", "--out", str(tmp_path)], "is a folder"),
         (["calibrate", "emoji", "--quantization", "--out", str(out), "--recipe", "best"], "recipe 'best'"),

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from vivace.engine.executors.eager import check_whole
+from vivace.engine.guiding import estimates, hears
 from vivace.engine.plan import Plan
 from vivace.engine.receipt import Receipt
-from vivace.errors import ArgumentError, StateError
-from vivace.models.pipelines.cached import Offer
+from vivace.errors import ArgumentError, StateError, UnsupportedError
+from vivace.models.pipelines.cached import Offer, gives_again
 from vivace.models.pipelines.calls import call_style, require_style
 from vivace.models.pipelines.decode import DecodeOptions, decoder_view
 from vivace.models.pipelines.fused import Fused
@@ -236,6 +237,10 @@ def _check(plan: Plan, pipeline: Any) -> None:
     """Refuse tails, and rows that the pipeline's networks cannot run."""
     if plan.recipe is not None and plan.recipe.tail is not None:
         raise ArgumentError("accelerate: the plan is a tail; give the full plan, of which the call's strength cuts one")
+    if estimates(plan):
+        raise UnsupportedError("guards that estimate branches; apply_linear_ag(plan, rows=...) does it in a pipeline")
+    if hears(plan) and gives_again(plan):
+        raise UnsupportedError("Adaptive Guidance beside kept values: freeze its decisions first (passes.freeze)")
     found = {name: getattr(pipeline, name, None) for name in DENOISERS}
     networks = {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
     offer: Any = Offer(plan, networks)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vivace.engine.bind import normal_form, token_count
 from vivace.engine.caching import KEYS, READS, CachedRow, CachePlan, RowUse, caches, share_of
-from vivace.engine.guards import Watch, watched
+from vivace.engine.guards import HEARD, Watch, watched
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn, split
 from vivace.engine.merge_rows import SITE, guided, merge_row, merges
 from vivace.engine.merging import Merges, MergeSample, Merging
@@ -117,7 +117,8 @@ class Offer:
 
     def __init__(self, plan: Plan, networks: Mapping[str, Any]) -> None:
         self.models = ("main", *(variant.model for variant in plan.variants))
-        speaks = gives_again(plan) or any(step.guard is not None for step in plan.steps)
+        looks = any(step.guard is not None and step.guard.metric not in HEARD for step in plan.steps)
+        speaks = gives_again(plan) or looks
         self._cached = [Cached(network) for network in networks.values()] if speaks else []
         every = [each.sites for each in self._cached]
         self.sites = frozenset.intersection(*every) if every else frozenset()

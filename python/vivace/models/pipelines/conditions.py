@@ -48,6 +48,7 @@ class Condition:
 
     def branch(self, name: str) -> Inputs:
         """The arguments of a branch. Raises: PromptError for a branch that the prompt does not have."""
+        name = "cond" if name == "perturbed" else name  # which is computed otherwise
         if name not in self.branches:
             raise PromptError(
                 f"prompt: the plan evaluates branch {name!r}, the prompt has {', '.join(self.branches)} only; give "
@@ -76,7 +77,11 @@ def inputs_of(
             value = value.to(cast[1])
         return Row(value[row : row + 1]) if value.dim() and len(value) == rows else value
 
-    tree = {name: _map(name, value, take) for name, value in arguments.items()}
+    return signed({name: _map(name, value, take) for name, value in arguments.items()})
+
+
+def signed(tree: dict[str, Any]) -> Inputs:
+    """A tree of arguments with its signature."""
     return Inputs(tree, tuple(_sign(name, value) for name, value in sorted(tree.items())))
 
 

@@ -15,6 +15,7 @@ from vivace.engine.planning import replan
 from vivace.engine.stepper import Stepper
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, ShapeError, StateError, UnsupportedError
+from vivace.models.pipelines.adaptive import Adaptive
 from vivace.models.pipelines.branches import batch_of, half, latent_of, output_of, twice, with_output
 from vivace.models.pipelines.cached import CallCaches, Given, gives_again
 from vivace.models.pipelines.calls import CallStyle
@@ -58,6 +59,8 @@ class Driven:
         self._caching = gives_again(plan)
         self.changed = False  # a callback changed the latents
         self._rows = _evaluated(plan)
+        self._numbers = tuple(i for i, step in enumerate(plan.steps) if step.variant is not None)
+        self.adaptive = Adaptive(plan)
         self._at = 0  # evaluations of the full plan that lie behind
         self._left: tuple[Step, ...] | None = None  # evaluations of the run from `_base` of the full plan on
         self._base = 0
@@ -97,6 +100,7 @@ class Driven:
         """The run starts, or starts anew, at this evaluation of the full plan."""
         self._at = self._base = evaluation
         self._left, self.caches = _evaluated(self._tail(evaluation)[0]), None
+        self.adaptive.restart()
 
     def scaled(self, sample: Tensor, timestep: Any) -> Tensor:
         """x_scale * sample: what the network reads in this row."""
@@ -117,6 +121,7 @@ class Driven:
             self._restart()
         step = self._row()
         self._calls += 1
+        step = self.adaptive.row(self._numbers[self._at], step)
         if self.silent or step.variant is None:
             batched = self.guided and self.style is not None and not self.style.separate
             return self._run(name, networks, self._handed(args, kwargs), args, kwargs), 1 + batched
@@ -201,7 +206,8 @@ class Driven:
     def advance(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any) -> Tensor:
         """The row's update; returns the latents for the pipeline, [n, ...] (or held twice, as the pipeline does)."""
         doubled = self.guided and not self.silent and self.style is not None and self.style.doubled
-        row = self._row(timestep)
+        planned = self._row(timestep)
+        row = self.adaptive.row(self._numbers[self._at], planned)
         unscaled = self._unscaled if self.style is not None and self.style.rescaled else None
         x = sample if unscaled is None else unscaled
         if doubled:
@@ -211,6 +217,10 @@ class Driven:
         assert self._stepper is not None
         outs = (model_output,) if self.silent else self._predictions(row, model_output, x)
         number, caches = self._at - self._base, self.caches
+        if not self.silent:
+            made = dict(zip(row.branches, outs, strict=True))
+            self.adaptive.note(made)
+            outs = tuple(made.get(branch, made["cond"]) for branch in planned.branches)  # a guard may leave some out
         result = self._stepper.advance(outs, None if caches is None else caches.advanced(number, outs))
         self.given.append(Given() if caches is None else caches.given(number))
         self._at += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from vivace.engine.compiled import Compiler, Evaluation
 from vivace.engine.denoiser import Piece, Replayable, predictions, samples_of
 from vivace.engine.kept import Seen, Turn, split
 from vivace.engine.merging import Merging
+from vivace.engine.perturbed import SITE as IDENTITY
+from vivace.engine.perturbed import parted, perturbs
 from vivace.engine.plan import Variant
 from vivace.engine.tokens import Focus
 from vivace.errors import ShapeError, UnsupportedError
@@ -23,8 +25,10 @@ from vivace.models.caching.bound import ForeignLayouts, Runs
 from vivace.models.caching.foreign import Cached
 from vivace.models.caching.foreign_looks import Look, check_metric, metrics_of, resumed, states_of
 from vivace.models.caching.looks import going_on
+from vivace.models.perturbed import perturbed_network, why_not
 from vivace.models.pipelines.capture import argument_names
 from vivace.models.pipelines.conditions import Condition, Inputs, fill, hollow, parts
+from vivace.models.pipelines.embedded import fed, taken
 from vivace.models.quantized.layers import forward_at
 from vivace.models.quantized.stand_in import StandIns
 from vivace.models.versions import held
@@ -96,6 +100,11 @@ class NetworkDenoiser:
         merge, None: nothing; where branches have arguments of other shapes, "cond", whose maps all use, runs first.
         """
         found: dict[str, Tensor] = {}
+        if perturbs(variant):
+            for part, blocks in parted(variant):
+                own = partial(self._perturbed, blocks=blocks) if blocks else None
+                found |= zip(part.branches, self.run_with(x, timesteps, conditions, part, own), strict=True)
+            return tuple(found[branch] for branch in variant.branches)
         parts = split(variant.branches, turns)
         if merging is not None and len({c.branch(b).signature for c in conditions for b in variant.branches}) > 1:
             parts = [((branch,), mine) for branches, mine in parts for branch in branches]
@@ -110,6 +119,9 @@ class NetworkDenoiser:
 
     def why_not_kept(self, site: str, blocks: tuple[int, int]) -> str | None:
         """Why a site of `sites` cannot be kept or given again in these blocks; None when it can."""
+        if site == IDENTITY:
+            asked = (why_not(self.cached(network), range(*blocks)) for network in self.networks.values())
+            return next((reason for reason in asked if reason is not None), None)
         found = (self.cached(network).lacks(site, blocks) for network in self.networks.values())
         return next((reason for reason in found if reason is not None), None)
 
@@ -174,6 +186,25 @@ class NetworkDenoiser:
         if seen is not None:
             resumed(keeper, [seen.states[sample] for sample in seen.samples], seen.block, rows)
         return partial(cached.run, keeper)
+
+    def _perturbed(self, network: Any, rows: Rows, blocks: Collection[int]) -> Callable[..., Any]:
+        """A forward with the identity for the attention maps of some blocks."""
+        forward: Callable[..., Any] = perturbed_network(self.cached(network), blocks)
+        return forward
+
+    @property
+    def identity(self) -> bool:
+        """Attention maps can be replaced, where blocks can be reached."""
+        return bool(self.sites)
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Further numbers that the networks are fed: the embedded scale of guidance-distilled ones."""
+        return taken(self.networks)
+
+    def feed(self, condition: Condition, numbers: Mapping[str, float]) -> Condition:
+        """A condition with these numbers."""
+        return fed(condition, numbers, self.networks)
 
     def cached(self, network: Any) -> Cached:
         """What caches need of a network or of a stand-in of one."""

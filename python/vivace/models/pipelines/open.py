@@ -21,7 +21,7 @@ from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.passes import apply_experts, apply_guidance
 from vivace.engine.plan import Plan
 from vivace.engine.planning import make_plan
-from vivace.engine.session import Session
+from vivace.engine.session import Planned, Session
 from vivace.engine.token_layout import Layout
 from vivace.errors import ArgumentError, ModelError, ShapeError, UnsupportedError
 from vivace.models.checkpoint import read_object
@@ -159,7 +159,7 @@ class ForeignPipe(ABC):
 
     def compile(
         self,
-        plan: Plan | Sequence[Plan],
+        plan: Planned | Sequence[Planned],
         *,
         backend: str = "auto",
         device: str | torch.device = "auto",
@@ -167,6 +167,8 @@ class ForeignPipe(ABC):
         threads: int | None = None,
         batch: int | None = None,
         hoist: bool = True,
+        tolerance: float | None = None,
+        window: int | None = None,
     ) -> Session:
         """A session that runs `plan` (the first of several is the default); unbound plans are bound to the model.
 
@@ -179,11 +181,11 @@ class ForeignPipe(ABC):
         if self.quantized is not None:
             self.quantized.check(self.spec.fingerprint)
             denoiser.stand_ins = StandIns(self._moved(self.quantized, denoiser.device))
-        executor = make_executor(backend, denoiser, hoist=hoist)
+        executor = make_executor(backend, denoiser, hoist=hoist, tolerance=tolerance, window=window)
         why = self._unprobed()
         session = Session(
             denoiser,
-            [plan] if isinstance(plan, Plan) else list(plan),
+            list(plan) if isinstance(plan, Sequence) else [plan],
             executor,
             shape=denoiser.spec.latent_shape,
             state_dtype=torch.float64 if denoiser.dtype == torch.float64 else torch.float32,

@@ -197,6 +197,8 @@ class Planner:
             return "the plan merges tokens"
         if tokens_of(plan):
             return "some rows of the plan compute some image tokens"
+        if any(step.guard is not None for step in plan.steps):
+            return "guards of the plan decide what its rows run"
         if gives_again(plan):
             return "the plan gives kept values again"
         if plan.recipe is None or _rows(plan) != _rows(apply_passes(replace(own, recipe=_bare(own)), plan.recipe)):

@@ -10,6 +10,7 @@ import torch
 
 from vivace import __version__
 from vivace.engine.caching import KEYS
+from vivace.engine.guards import Decision
 from vivace.engine.merge_rows import SITE
 from vivace.engine.merging import unmerged
 from vivace.engine.receipt import CACHING, KernelUse, Receipt, RowRecord, peak_memory
@@ -47,7 +48,7 @@ def receipt_of(run: Run, pipeline: Any, reports: Mapping[str, Any], ms: float) -
         caches=_caches(run),
         tokens=_tokens(run),
         merges={} if merged is None else merged.told(plan),
-        decisions=() if caches is None or caches.watch is None else tuple(caches.watch.decisions),
+        decisions=_decisions(run),
         warnings=(
             *effective.warnings,
             *_cut(run, len(branches)),
@@ -63,6 +64,14 @@ def _row(run: Run, i: int, branches: int, network_ms: float, step_ms: float) -> 
     """One executed evaluation."""
     record = RowRecord(i, ("cond", "uncond")[:branches], run.pictures, network_ms, step_ms)
     return record if run.driven is None else replace(record, **asdict(run.driven.given[i]))
+
+
+def _decisions(run: Run) -> tuple[Decision, ...]:
+    """What guards decided, of blocks or of guidance."""
+    if run.driven is None:
+        return ()
+    watch = None if run.driven.caches is None else run.driven.caches.watch
+    return run.driven.adaptive.decisions or (() if watch is None else tuple(watch.decisions))
 
 
 def _caches(run: Run) -> dict[str, Any]:
