@@ -133,6 +133,7 @@ KNOWN: tuple[Case, ...] = (
     of("ddim", "ddim"),
     of("heun", "heun"),
     of("dpm_solver 2", "dpm_solver", order=2),
+    of("dpm_solver 2 singlestep", "dpm_solver", order=2, variant="singlestep"),
     of("dpm_solver 3", "dpm_solver", order=3),
     of("dpm_solver 3 singlestep", "dpm_solver", order=3, variant="singlestep"),
     of("dpmpp_2s", "dpmpp_2s"),

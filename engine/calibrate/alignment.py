@@ -92,7 +92,7 @@ def calibrate_time_alignment(
         "tries": tries,
         "evaluations": evaluations,
     }
-    told = {name: value for name, value in metadata.items() if name != "schedule"}
+    told = dict(metadata)
     with Partial(resume, {**told, "fingerprint": problem.fingerprint}) as partial:
         targets: dict[int, Tensor] = {}
         if objective == "state" and any(f"ratio.{row}" not in partial for row in range(len(plan.steps))):

@@ -103,7 +103,7 @@ def calibrate_dc_solver(
         "bound": float(bound),
         "evaluations": evaluations,
     }
-    told = {name: value for name, value in metadata.items() if name != "schedule"}
+    told = dict(metadata)
     with Partial(resume, {**told, "fingerprint": problem.fingerprint}) as partial:
         for number, (count, scale) in enumerate(metadata["configurations"]):
             found = _at_scale(replace(problem, guidance=scale), grids, metadata, partial, progress)

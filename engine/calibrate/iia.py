@@ -94,7 +94,7 @@ def calibrate_iia(
         "evaluations": evaluations,
         "ridge": float(ridge),
     }
-    told = {name: value for name, value in metadata.items() if name != "schedule"}
+    told = dict(metadata)
     with Partial(resume, {**told, "fingerprint": problem.fingerprint}) as partial:
         found = work.numbers(partial, progress)
     arrays |= {"shifts": found[:, :-2], "errors": found[:, -2:], "timesteps": np.array(work.levels.timesteps)}

@@ -80,7 +80,7 @@ def calibrate_linear_ag(
         "history": history,
         "trajectories": trajectories,
     }
-    told = {name: value for name, value in metadata.items() if name != "schedule"}
+    told = dict(metadata)
     with Partial(resume, {**told, "fingerprint": problem.fingerprint}) as partial:
         walk, past = Walk(problem, range(samples), plan.init), list[Branches]()
         errors = np.zeros(plan.nfe)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vivace.engine.calibrate.problem import BATCH, Problem
 from vivace.engine.calibrate.resume import Partial
-from vivace.engine.calibrate.states import DATA_STEPS, Level, Noised, data_of, parts_of
+from vivace.engine.calibrate.states import DATA_STEPS, Level, Noised, data_of, parts_of, told_of
 from vivace.engine.calibrate.table import CalibrationTable
 from vivace.engine.calibrate.walk import described, require_count
 from vivace.engine.passes import apply_guidance
@@ -59,7 +59,7 @@ def calibrate_score_calibration(
     branches = ("cond",) if problem.guidance == 1.0 else ("cond", "uncond")
     arrays: dict[str, NDArray[Any]] = {}
     told = described(problem, METHOD, require_count("score_calibration: samples", samples, 2), arrays)
-    told |= {"steps": steps, "grid": grid, "data": "given" if data is not None else "own runs"}
+    told |= {"steps": steps, "grid": grid, "data": told_of(data)}
     work = {name: value for name, value in told.items() if name not in ("guidance", "versions")}
     with Partial(resume, {**work, "branches": branches, "fingerprint": problem.fingerprint}) as partial:
         kept = partial.once("data", lambda: _data(problem, samples, data).cpu().numpy())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,13 @@ def data_of(problem: Problem, samples: int, data: Any = None) -> Tensor:
             f"{(samples, *problem.shape)}, sample j with prompt j mod {len(problem.prompts)}"
         )
     return x0.to(problem.session.pool.device, problem.dtype)
+
+
+def told_of(data: Any) -> str:
+    """What a description says of data: SHA-256 of its bytes, or that the model's own runs stand for it."""
+    return (
+        "own runs" if data is None else sha256(torch.as_tensor(data).cpu().contiguous().numpy().tobytes()).hexdigest()
+    )
 
 
 def parts_of(count: int, size: int) -> Sequence[slice]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vivace.engine.calibrate.problem import BATCH, Problem
 from vivace.engine.calibrate.resume import Partial
-from vivace.engine.calibrate.states import Noised, data_of, parts_of, span_of
+from vivace.engine.calibrate.states import Noised, data_of, parts_of, span_of, told_of
 from vivace.engine.calibrate.table import CalibrationTable
 from vivace.engine.calibrate.walk import described, require_count
 from vivace.engine.solvers.rows import first_order
@@ -76,7 +76,7 @@ def calibrate_dpm_solver_v3(
         raise ArgumentError(f"dpm_solver_v3: fixed_l must be a number or None, got {fixed_l!r}")
     arrays: dict[str, NDArray[Any]] = {}
     told = described(problem, METHOD, require_count("dpm_solver_v3: samples", samples, 2), arrays)
-    told |= {"nodes": nodes, "share": share, "fixed_l": fixed_l, "data": "given" if data is not None else "own runs"}
+    told |= {"nodes": nodes, "share": share, "fixed_l": fixed_l, "data": told_of(data)}
     work = {name: value for name, value in told.items() if name not in ("share", "versions")}
     lams = np.linspace(*span_of(problem), nodes)
     with Partial(resume, {**work, "fingerprint": problem.fingerprint}) as partial:

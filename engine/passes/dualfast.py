@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from vivace.engine.passes.guidance import rename
 from vivace.engine.passes.steps_of import HISTORY, fresh_noise, kept_op, own_form, update_op
 from vivace.engine.plan import Affine, Args, Coef, Plan, Step, writes
+from vivace.engine.solvers.dc_solver import RAW
 from vivace.engine.solvers.rows import require_number
 from vivace.engine.timesteps import choose
 from vivace.engine.token_rows import focused
@@ -144,7 +145,9 @@ class _Rule:
         found = update_op(step)
         assert found is not None, "checked before"
         place, update = found
-        weights = [coef for name, coef in update.terms if HISTORY.match(name) and isinstance(coef, float)]
+        weights = [
+            coef for name, coef in update.terms if (HISTORY.match(name) or name == RAW) and isinstance(coef, float)
+        ]
         unit = share * math.fsum(weights)
         if unit == 0.0 or (self.other and 0.0 in (step.alpha, step.sigma)):
             return step

@@ -10,6 +10,7 @@ from typing import Any
 from vivace.engine import tables
 from vivace.engine.passes.narrow import without
 from vivace.engine.plan import Affine, Args, Coef, Op, Plan, Step
+from vivace.engine.planners.tables import check_measured
 from vivace.engine.solvers.fitted import same_times
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, PlanError
@@ -50,6 +51,7 @@ def apply_linear_ag(
     args: dict[str, Any] = {}
     if table is not None:
         known = tables.reference(NAME, table, METHOD)
+        check_measured(NAME, known, plan)
         found, args["table"] = _of_table(plan, tables.resolve(NAME, known, METHOD)), known
     else:
         found = {} if weights is None else _listed(weights)

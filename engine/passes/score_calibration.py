@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vivace.engine.passes.guidance import rename
 from vivace.engine.plan import Affine, Args, Coef, Op, Plan, Step, TensorRef
 from vivace.engine.plan_io import with_tensors
+from vivace.engine.planners.tables import check_measured
 from vivace.engine.tables import reference, resolve
 from vivace.engine.verify import verify
 from vivace.errors import ModelError, PlanError
@@ -37,6 +38,7 @@ def apply_score_calibration(plan: Plan, table: Any) -> Plan:
     Source: Pang et al. 2023, eq. 12 and section 3.3.
     """
     known = reference(WHAT, table, METHOD)
+    check_measured(WHAT, known, plan)
     means = _Means.of(resolve(WHAT, known, METHOD).arrays)
     if any(key.startswith("score_calibration.") for key in plan.arrays):
         raise PlanError(f"{WHAT}: the plan is calibrated already; start from the plan without it")

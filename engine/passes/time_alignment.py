@@ -11,6 +11,7 @@ import numpy as np
 
 from vivace.engine import tables
 from vivace.engine.plan import Args, Plan
+from vivace.engine.planners.tables import check_measured
 from vivace.engine.solvers.fitted import Table, same_times
 from vivace.engine.verify import verify
 from vivace.errors import ArgumentError, PlanError
@@ -49,6 +50,7 @@ def apply_time_alignment(
     args: dict[str, Any] = {"first": first} if first else {}
     if table is not None:
         known = tables.reference(NAME, table, METHOD)
+        check_measured(NAME, known, plan)
         fed = _table_ratios(plan, tables.resolve(NAME, known, METHOD), first)
         args["table"] = known
     else:

@@ -44,6 +44,7 @@ BASE: Mapping[str, Any] = {
     "points": 3,
 }
 """Options that a table settles, with their defaults; variant None: "bh2" of UniPC, "midpoint" of DPM-Solver++."""
+RAW = "raw"  # slot of the newest value as it was evaluated
 DEGREES = (4, 2, 2)  # of the polynomial in the share of the steps, guidance, number of steps
 GUIDANCE_UNIT, STEPS_UNIT = 12.0, 50.0
 
@@ -77,6 +78,8 @@ def dc_solver(
             are those measured, others are the polynomial's.
     Raises: ArgumentError.
     """
+    if disable_corrector is not None and table is not None:  # a table counts rows of the full plan
+        disable_corrector = [row + grid.first for row in disable_corrector]
     given = {
         "base": base, "order": order, "variant": variant, "corrector": corrector, "form": form, "points": points,
         "disable_corrector": disable_corrector, "lower_order_final": lower_order_final,
@@ -87,6 +90,7 @@ def dc_solver(
             raise ArgumentError(f"{NAME}: give a table or ratios, not both")
         check_grid(NAME, grid, table)
         ratios = ratios_of(table, grid, guidance)
+        options["disable_corrector"] = [row - grid.first for row in options["disable_corrector"]]
     elif guidance is not None:
         raise ArgumentError(f"{NAME}: guidance says which ratios of a table are wanted; without a table leave it out")
     values = per_row(NAME, "ratios", 1.0 if ratios is None else ratios, grid.steps)
@@ -158,13 +162,13 @@ def _compensated(step: Step, row: int, ring: int, weights: Sequence[float], newe
     for op in step.ops:
         assert isinstance(op, Affine)
         if op.dst == slots[0]:
-            mixed = [("raw", weights[0]), *zip(slots[1:], weights[1:], strict=True)]
-            ops += [replace(op, dst="raw"), affine(slots[0], *mixed)]
+            mixed = [(RAW, weights[0]), *zip(slots[1:], weights[1:], strict=True)]
+            ops += [replace(op, dst=RAW), affine(slots[0], *mixed)]
             continue
         terms: list[tuple[str, float]] = []
         for slot, coef in op.terms:
             assert isinstance(coef, float)
-            terms += [(slot, newest), ("raw", coef - newest)] if slot == slots[0] else [(slot, coef)]
+            terms += [(slot, newest), (RAW, coef - newest)] if slot == slots[0] else [(slot, coef)]
         ops.append(affine(op.dst, *terms))
     return replace(step, ops=tuple(ops))
 

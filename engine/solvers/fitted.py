@@ -47,8 +47,9 @@ def settled(solver: str, given: Mapping[str, Any], defaults: Mapping[str, Any], 
 def check_grid(solver: str, grid: Grid, table: Table) -> None:
     """Raise ArgumentError unless `grid` is the table's kind of grid, for its number of steps."""
     places: Mapping[str, Any] = table.metadata["grid"]
-    wanted = make_grid(grid.known_schedule(), grid.first + grid.steps, **places).timesteps[grid.first :]
-    if not same_times(grid.timesteps, wanted):
+    wanted = make_grid(grid.known_schedule(), grid.first + grid.steps, **places)
+    ends = grid.level(grid.steps), wanted.level(wanted.steps)
+    if not same_times(grid.timesteps, wanted.timesteps[grid.first :]) or not same_times(*ends):
         told = ", ".join(f"{name}={value!r:.40}" for name, value in places.items())
         raise ArgumentError(
             f"{solver}: the table was measured on another grid; make the plan with {told or 'the default grid'}, or "

@@ -154,3 +154,10 @@ def test_passes_are_applied_by_name(capsys, tmp_path):
     ):
         code, _, err = call(capsys, "plan", "new", "--steps", 4, "--guidance", 1, "--apply", text)
         assert code == 2 and message in err, err
+
+
+def test_passes_are_told_what_they_need_and_lists_of_lists_are_read():
+    from vivace.cli.caches import arguments_in
+
+    told = arguments_in("--apply restart", "levels=[[3,1,0.5,2.0],[3,1,0.1,0.3]],s_noise=1.0", tables=())
+    assert told == {"levels": [[3, 1, 0.5, 2.0], [3, 1, 0.1, 0.3]], "s_noise": 1.0}

@@ -323,3 +323,19 @@ def test_a_row_is_one_pass_over_memory_guided_or_not(order):
     for made in (plan, apply_guidance(plan, 4.0)):
         lowered = lower_plan(made, Given({"guidance_scale": 4.0}))
         assert [last - first for first, last in lowered.spans] == [1] * 8
+
+
+def test_a_tail_corrects_the_rows_that_the_table_corrects():
+    made = calibrate_dc_solver(problem(), steps=8, samples=4, evaluations=40, disable_corrector=[5])
+    of_table = make_plan(VP, "dc_solver", 8, prediction="v", table=made)
+    told = make_plan(VP, "dc_solver", 8, prediction="v", table=made, disable_corrector=[5])
+    assert of_table.steps == told.steps
+    tails = of_table.tail(0.5), told.tail(0.5)
+    assert tails[0].steps == tails[1].steps
+    coefs = [[coef for op in plan.steps[-2].ops for _, coef in op.terms] for plan in (tails[0], of_table)]
+    assert coefs[0] == coefs[1]  # the ring of slots turns otherwise in a shorter plan
+
+
+def test_a_table_of_another_final_level_is_refused(table):
+    with pytest.raises(ArgumentError, match="another grid"):
+        make_plan(VP, "dc_solver", 8, prediction="v", table=table, final="sigma_min")

@@ -174,6 +174,9 @@ def test_a_table_is_of_one_model_one_method_and_one_plan(table):
     aligned = apply_time_alignment(plan_of("unipc"), table)
     with pytest.raises(ModelError, match="apply_time_alignment: measured on model callable"):
         aligned.bind(ModelSpec("other", "f" * 64, "eps", (2,), 1, ()))
+    other = ModelSpec("other", "f" * 64, "eps", (2,), 1, ())
+    with pytest.raises(ModelError, match="apply_time_alignment: measured on model callable"):
+        apply_time_alignment(plan_of("unipc").bind(other), table)  # bound already
     with pytest.raises(ModelError, match="measured for 'time_alignment', not for 'iia'"):
         make_plan(VP, "iia", 6, table=table)
     with pytest.raises(ArgumentError, match="does not have the table's 6 evaluations and timesteps"):

@@ -9,6 +9,7 @@ from vivace.cli.caches import arguments_in
 from vivace.engine import passes
 from vivace.engine.plan import Plan
 from vivace.engine.timesteps import choose
+from vivace.errors import ArgumentError
 
 PREFIX = "apply_"
 
@@ -32,5 +33,9 @@ def _apply(plan: Plan, name: str, arguments: dict[str, Any]) -> Plan:
     has = list(inspect.signature(function).parameters)[1:]
     for key in arguments:
         choose(f"--apply {name}: argument", key, has)
+    try:
+        inspect.signature(function).bind(plan, **arguments)
+    except TypeError as error:
+        raise ArgumentError(f"--apply {name}: {error}") from None
     made: Plan = function(plan, **arguments)
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,24 @@ def arguments_in(option: str, rest: str, *, tables: Sequence[str] = TABLES) -> d
     option: for messages; rest: the pairs; tables: keys whose values are files of tables, which are read.
     """
     out: dict[str, Any] = {}
-    for pair in re.split(r",(?![^\[]*\])", rest) if rest else ():
+    for pair in _pairs(rest):
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier() or key in out:
             raise ArgumentError(f"{option}: {pair!r:.40}; write key=value,key=value, each key once")
         out[key] = CalibrationTable.load(Path(value)) if key in tables and not value.startswith("[") else _value(value)
     return out
+
+
+def _pairs(text: str) -> list[str]:
+    """The parts between commas that stand outside of brackets."""
+    parts, depth = [""] if text else [], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _value(text: str) -> Any:

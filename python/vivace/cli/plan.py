@@ -55,11 +55,13 @@ def plan_new(
         options = levels | {"grid": grid, "final": final} | pairs_of(option)
         made = default_plan(open_model(model), solver, steps, guidance, interval=interval_of(interval), **options)
     else:
-        if solver or grid or option:
+        if solver or grid or option or final != "zero":
             raise ArgumentError("plan new: --scheduler decides solver, grid and options; drop them")
         made = Plan.from_diffusers(read_json(scheduler), 20 if steps is None else steps, **levels)
         if guidance is not None and guidance != 1.0:
             made = apply_guidance(made, guidance, interval=interval_of(interval))
+    if interval != "0:1" and guidance == 1.0:
+        raise ArgumentError("plan new: --interval is of guidance, and --guidance 1 is none; drop one")
     made = with_passes(made, apply)
     if bind:
         made = made.bind(open_model(model).spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from vivace.cli.calibrate import check_folder, read_lines
 from vivace.cli.progress import progress_bars
+from vivace.errors import ArgumentError
 
 PROMPTS = 64  # classes drawn where no prompts are given
 
@@ -37,6 +39,8 @@ def calibrate_solver(
 
     check_folder(out)
     given = {name: value for name, value in (("steps", steps), ("samples", samples)) if value is not None}
+    if both := sorted(given.keys() & options.keys()):
+        raise ArgumentError(f"calibrate: --{both[0]} and --option {both[0]}=...; give one of them")
     given |= dict(options)
     given |= {"seed": seed} if "seed" in method_options(method) else {}
     check_options(method, given)
@@ -83,9 +87,15 @@ def use_of(model: str, method: str, out: Path, guidance: float, options: Mapping
     taken = METHODS[method].taken
     solver = method if taken == "solver" else options.get("solver")
     words = ["vivace plan new", f"--model {model}", f"--guidance {guidance:g}"]
-    words += [f"--{name} {value}" for name, value in (("solver", solver), ("steps", options.get("steps"))) if value]
-    if options.get("grid"):
-        words.append(f"--grid {options['grid']}")
+    steps = options.get("steps")
+    steps = steps[0] if isinstance(steps, (list, tuple)) else steps
+    words += [f"--{name} {value}" for name, value in (("solver", solver), ("steps", steps)) if value]
+    words += [f"--{name} {options[name]}" for name in ("grid", "final") if options.get(name) not in (None, "zero")]
+    if options.get("timesteps"):
+        words.append("--timesteps " + ",".join(map(str, options["timesteps"])))
+    words += [f"--option '{name}={json.dumps(value)}'" for name, value in (options.get("options") or {}).items()]
+    if options.get("guidances"):
+        words.append(f"--option guidance={guidance:g}")
     if taken == "solver":
         words.append(f"--option table={out}")
     else:
