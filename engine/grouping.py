@@ -13,9 +13,9 @@ from torch import Tensor
 from vivace.engine.caching import RowUse, free_of_x
 from vivace.engine.executors import Group, KernelRows
 from vivace.engine.focusing import Member, Together
-from vivace.engine.guards import HEARD, watched
-from vivace.engine.guiding import Hearers, hears
+from vivace.engine.guiding import Hearers
 from vivace.engine.kept import Sample, Seen, Turn
+from vivace.engine.looking import HEARD, hears, watched
 from vivace.engine.merge_rows import merge_row
 from vivace.engine.merging import MergeSample, Merging
 from vivace.engine.plan import Guard, Variant

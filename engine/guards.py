@@ -16,12 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vivace.engine.guiding import METRIC, Cosines
-from vivace.engine.plan import Guard, Plan
-
-METRICS = ("first_block", "modulated_input")
-EVERY_ROW = ("modulated_input",)  # metrics that compare with the row before, computed or not
-HEARD = (METRIC,)  # metrics of predictions, which any model has
+from vivace.engine.guiding import Cosines
+from vivace.engine.looking import EVERY_ROW
+from vivace.engine.plan import Guard
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +138,3 @@ def _polynomial(coefficients: Sequence[float], value: float) -> float:
     for coefficient in coefficients or (1.0, 0.0):
         total = total * value + coefficient
     return total
-
-
-def watched(plan: Plan, row: int) -> Guard | None:
-    """The guard that looks at a row: its own, or the next row's that compares with it; None: nobody looks."""
-    step = plan.steps[row]
-    if step.variant is None or (step.guard is not None and step.guard.metric in HEARD):
-        return None
-    later = (later.guard for later in plan.steps[row:] if later.guard is not None)
-    return step.guard or next((guard for guard in later if guard.metric in METRICS), None)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vivace.engine.guiding import hears
+from vivace.engine.looking import hears
 
 if TYPE_CHECKING:
     from vivace.engine.guards import Watch

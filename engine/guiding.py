@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vivace.engine.plan import Guard, Plan
+from vivace.engine.plan import Guard
 
-METRIC = "guidance_cosine"
 BOTH = ("cond", "uncond")
 
 
@@ -111,13 +110,3 @@ class Hearers:
             if sample is not None:
                 cosines, picture = sample
                 cosines.note(picture, found["cond"][n], found["uncond"][n])
-
-
-def estimates(plan: Plan) -> bool:
-    """Some guard on `METRIC` leaves out what is then estimated."""
-    return any(s.guard is not None and s.guard.metric == METRIC and s.guard.params for s in plan.steps)
-
-
-def hears(plan: Plan) -> bool:
-    """Some row of a plan has a guard on `METRIC`."""
-    return plan.once("hears", lambda: any(s.guard is not None and s.guard.metric == METRIC for s in plan.steps))

@@ -21,8 +21,8 @@ from vivace.engine.fed import with_inputs
 from vivace.engine.following import Following, advance, finish, follow
 from vivace.engine.grouping import Part, chosen, evaluated_ahead, group_of, grouped
 from vivace.engine.guards import Watch
-from vivace.engine.guiding import estimates
 from vivace.engine.kept import Kept, KeptMemory, Seen
+from vivace.engine.looking import estimates
 from vivace.engine.lower import Given, lower_plan
 from vivace.engine.merge_rows import guided, merges
 from vivace.engine.merging import Merges

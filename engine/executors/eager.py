@@ -14,8 +14,8 @@ from vivace.engine.denoiser import Denoiser, Replayable
 from vivace.engine.executors import Group
 from vivace.engine.executors.steps import by_branches, evaluation, run_rows, step_kernels
 from vivace.engine.fed import why_not_fed
-from vivace.engine.guards import HEARD
 from vivace.engine.kept import KeptMemory, Seen
+from vivace.engine.looking import HEARD
 from vivace.engine.merge_rows import SITE, merge_row
 from vivace.engine.perturbed import SITE as IDENTITY
 from vivace.engine.perturbed import perturbs, why_not_perturbed

@@ -37,6 +37,7 @@ _FROM = {
         "DtypeError",
         "ModelError",
         "OutputError",
+        "PackError",
         "PlanError",
         "PlanFileError",
         "PromptError",
@@ -57,6 +58,8 @@ _MODULES = {
     "planners": "engine.planners",
     "sources": "engine.sources",
     "metrics": "metrics",
+    "runtime": "runtime",
+    "export": "export",
     "engine": "engine",
     "kernels": "kernels",
 }

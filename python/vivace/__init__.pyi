@@ -1,6 +1,8 @@
 from vivace import engine as engine
+from vivace import export as export
 from vivace import kernels as kernels
 from vivace import metrics as metrics
+from vivace import runtime as runtime
 from vivace.engine import passes as passes
 from vivace.engine import planners as planners
 from vivace.engine import sources as sources
@@ -27,6 +29,7 @@ from vivace.errors import BackendError as BackendError
 from vivace.errors import DtypeError as DtypeError
 from vivace.errors import ModelError as ModelError
 from vivace.errors import OutputError as OutputError
+from vivace.errors import PackError as PackError
 from vivace.errors import PlanError as PlanError
 from vivace.errors import PlanFileError as PlanFileError
 from vivace.errors import PromptError as PromptError

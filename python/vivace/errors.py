@@ -50,3 +50,7 @@ class StateError(VivaceError, RuntimeError):
 
 class OutputError(VivaceError, OSError):
     """A file cannot be written; nothing was left behind."""
+
+
+class PackError(VivaceError, ValueError):
+    """An exported pack is damaged, tampered with, of another version, or lacks what was asked of it."""

@@ -11,7 +11,7 @@ import vivace
 from tests.engine.plans import edit, euler
 from tests.engine.toy import SHAPE, Toy, session
 from vivace.bench import oracle
-from vivace.engine import guiding, verify
+from vivace.engine import guiding, looking, verify
 from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.passes import (
     adaptive_guidance,
@@ -124,9 +124,9 @@ def test_rows_behind_the_first_guided_one_have_the_guard():
     made = apply_adaptive_guidance(plan, 0.9)
     assert [i for i, step in enumerate(made.steps) if step.guard is not None] == [3, 4, 5, 6, 7]
     guard = made.steps[4].guard
-    assert (guard.metric, guard.rule, guard.threshold, guard.sticky) == (guiding.METRIC, "above", 0.9, True)
+    assert (guard.metric, guard.rule, guard.threshold, guard.sticky) == (looking.METRIC, "above", 0.9, True)
     assert guard.otherwise.branches == ("cond",) and made.branch_evals == plan.branch_evals
-    assert adaptive_guidance.METRIC == guiding.METRIC == verify.HEARD
+    assert adaptive_guidance.METRIC == looking.METRIC == verify.HEARD
 
 
 # ---------------------------------------------------------------- sessions
@@ -187,11 +187,11 @@ def test_a_stuck_guard_reads_the_device_no_more():
 def test_predictions_of_zero_never_fire():
     cosines = guiding.Cosines([None, None])
     cosines.note(0, torch.zeros(4), torch.ones(4))
-    assert cosines.decide(Guard(guiding.METRIC, "above", 0.5, Variant(), sticky=True)) == ((False, False), (None, None))
+    assert cosines.decide(Guard(looking.METRIC, "above", 0.5, Variant(), sticky=True)) == ((False, False), (None, None))
 
 
 def test_a_guard_that_does_not_stay_asks_the_last_cosine_again():
-    cosines, guard = guiding.Cosines([None]), Guard(guiding.METRIC, "below", 0.5, Variant())
+    cosines, guard = guiding.Cosines([None]), Guard(looking.METRIC, "below", 0.5, Variant())
     cosines.note(0, torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     assert cosines.decide(guard) == cosines.decide(guard) == ((True,), (0.0,))
 

@@ -12,12 +12,14 @@ PLAN = (
     *("engine.plan", "engine.verify", "engine.verify_caches", "engine.caching", "engine.bind"),
     *("engine.prediction", "engine.render", "engine.token_rows", "engine.token_layout", "engine.verify_tokens"),
     "engine.merge_rows",
+    "engine.looking",
     "engine.low_rank",
 )
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
 FROM_DIFFUSERS = tuple(
     f"engine.diffusers_{part}" for part in ("config", "grids", "rows", "discrete", "sigmas", "multistep", "classes")
 )
+RUNTIME = (*PLAN, "engine.plan_io", "engine.plan_codec", "engine.noise", "runtime")  # and never torch
 FREE = ("errors", "__version__")  # everyone may import these
 
 # First matching prefix decides: (module prefix, own modules it may import, third-party packages it may import).
@@ -72,6 +74,12 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("models.compiled", ("models", "engine", "kernels", "_C"), {"torch"}),
     ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz"}),
     ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
+    ("runtime", RUNTIME, {"numpy", "safetensors", "PIL", "rapidfuzz", "onnxruntime", "tokenizers", "tensorrt"}),
+    (
+        "export",
+        ("export", "runtime", "models", "engine", "kernels", "metrics"),
+        {"numpy", "torch", "safetensors", "PIL", "onnx", "ml_dtypes", "tensorrt", "tensorrt_rtx"},
+    ),
     ("bench.peers", ("",), {"numpy", "torch", "diffusers", "cache_dit", "onnx", "onnxruntime", "openvino"}),
     (
         "bench.peers",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vivace.engine.executors.eager import check_whole
-from vivace.engine.guiding import estimates, hears
+from vivace.engine.looking import estimates, hears
 from vivace.engine.plan import Plan
 from vivace.engine.receipt import Receipt
 from vivace.errors import ArgumentError, StateError, UnsupportedError

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vivace.engine.guards import HEARD, Decision, Watch
-from vivace.engine.guiding import BOTH, hears
+from vivace.engine.guards import Decision, Watch
+from vivace.engine.guiding import BOTH
+from vivace.engine.looking import HEARD, hears
 from vivace.engine.plan import Plan, Step
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vivace.engine.bind import normal_form, token_count
 from vivace.engine.caching import KEYS, READS, CachedRow, CachePlan, RowUse, caches, share_of
-from vivace.engine.guards import HEARD, Watch, watched
+from vivace.engine.guards import Watch
 from vivace.engine.kept import Kept, KeptMemory, Sample, Turn, split
+from vivace.engine.looking import HEARD, watched
 from vivace.engine.merge_rows import SITE, guided, merge_row, merges
 from vivace.engine.merging import Merges, MergeSample, Merging
 from vivace.engine.passes.rules import absolute

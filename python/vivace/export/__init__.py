@@ -1,0 +1,1 @@
+"""Packs, engines and model repositories from a model and its plan."""

@@ -1,0 +1,1 @@
+"""Runs a pack: the whole loop without torch."""
