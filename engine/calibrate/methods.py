@@ -8,11 +8,12 @@ far it is, and `resume` is the file of work under way (see `resume.Partial`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Integral, Real
 from os import PathLike
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from vivace.engine.calibrate.problem import Problem
 from vivace.engine.calibrate.table import CalibrationTable
@@ -59,13 +60,48 @@ def method_options(name: str) -> dict[str, Any]:
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for an unknown method, an option that it has not, or one that it needs and was not given."""
-    known = method_options(name)
-    for option in options:
+    """Raise ArgumentError for an unknown method, an option that it has not or of another type than it takes, or one
+    that it needs and was not given."""
+    known, types = method_options(name), get_type_hints(calibrator_of(name))
+    for option, value in options.items():
         choose(f"calibrate {name}: option", option, tuple(known))
+        if not _fits(value, types.get(option, Any)):
+            raise ArgumentError(f"calibrate {name}: {option} must be {_spelled(types[option])}, got {value!r:.60}")
     for option, default in known.items():
         if default is inspect.Parameter.empty and option not in options:
             raise ArgumentError(f"calibrate {name}: needs {option}; give it")
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """A value is of an option's type: numbers of any library count, a truth value is no number."""
+    parts, origin = get_args(wanted), get_origin(wanted)
+    if origin is Sequence:
+        return (
+            not isinstance(value, str) and hasattr(value, "__len__") and all(_fits(v, parts[0]) for v in _each(value))
+        )
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if origin is not None:
+        return any(_fits(value, part) for part in parts)
+    if wanted in (int, float):
+        return isinstance(value, Integral if wanted is int else Real) and not isinstance(value, bool)
+    return wanted is Any or isinstance(value, wanted)
+
+
+def _each(value: Any) -> list[Any]:
+    return list(value.tolist() if hasattr(value, "tolist") else value)
+
+
+def _spelled(wanted: Any) -> str:
+    """An option's type in words."""
+    if get_origin(wanted) is Sequence:
+        return f"a list of {_spelled(get_args(wanted)[0]).removeprefix('a ')}s"
+    if get_origin(wanted) is dict:
+        return "a mapping of names to values"
+    if parts := get_args(wanted):
+        return " or ".join(_spelled(part) for part in parts)
+    names = {int: "a whole number", float: "a number", str: "a name", bool: "true or false", type(None): "nothing"}
+    return names.get(wanted, str(wanted))
 
 
 def calibrate(

@@ -26,6 +26,7 @@ from vivace.errors import ArgumentError
 __all__ = ["Found", "Point", "Space", "TimestepSpace", "UsfSpace", "search", "search_timesteps", "search_usf"]
 
 SAMPLES, JUDGED, TRIALS, ROUNDS = 16, 8, 80, 4
+SEEDS = 1 << 32  # that the optimisers take
 REFERENCES = 8  # converged latents between two savings of work
 
 
@@ -115,6 +116,8 @@ def search(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ArgumentError(f"search: {name} is {value!r}; an integer of at least {low} is needed")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise ArgumentError(f"search: seed is {seed!r}; an integer from 0 to {SEEDS - 1} is needed")
     told = _description(problem, space, samples, judged, metric, weight, seed)
     with Partial(resume, told) as work:
         if reference is None:

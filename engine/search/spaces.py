@@ -165,7 +165,10 @@ class UsfSpace:
 
     def __post_init__(self) -> None:
         require_steps(self.evaluations)
-        if not 1 <= self.highest <= 4:
+        for name, value in (("free", self.free), ("shift", self.shift)):
+            if not isinstance(value, bool):
+                raise ArgumentError(f"search: {name} is true or false, got {value!r}")
+        if isinstance(self.highest, bool) or not isinstance(self.highest, int) or not 1 <= self.highest <= 4:
             raise ArgumentError(f"search: highest order {self.highest!r}; usf has 1 to 4")
         make_grid(self.schedule, self.evaluations + 1)  # enough training timesteps
 

@@ -143,6 +143,28 @@ def test_every_method_imports_and_has_options(name):
         methods.check_options(name, {"colour": 1})
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "value", "needed"),
+    (
+        ("dc_solver", "steps", 2.5, "a whole number or a list of whole numbers, got 2.5"),
+        ("dc_solver", "guidances", 4, "a list of numbers or nothing, got 4"),
+        ("time_alignment", "options", 3, "a mapping of names to values or nothing, got 3"),
+        ("dc_solver", "points", "all", "a whole number, got 'all'"),
+        ("dc_solver", "evaluations", True, "a whole number, got True"),
+        ("iia", "timesteps", [1.0, "b"], "a list of numbers or nothing"),
+        ("iia", "ridge", None, "a number, got None"),
+    ),
+)
+def test_options_of_another_type_are_refused_before_any_work(method, option, value, needed):
+    with pytest.raises(ArgumentError, match=f"calibrate {method}: {option} must be {needed}"):
+        methods.check_options(method, {option: value})
+
+
+def test_options_take_numbers_of_any_library():
+    given = {"steps": np.int64(4), "timesteps": np.array([9.0, 4.0]), "bound": np.float32(0.5)}
+    methods.check_options("dc_solver", given)
+
+
 def test_passes_are_applied_by_name(capsys, tmp_path):
     plain = json_of(capsys, "plan", "new", "--steps", 4)["plan"]
     same = json_of(capsys, "plan", "new", "--steps", 4, "--guidance", 1, "--apply", "guidance:scale=2")["plan"]

@@ -218,6 +218,7 @@ def test_solvers_with_noise_are_refused_before_any_run(problem):
         ({"trials": True}, "trials is True"),
         ({"rounds": -1}, "rounds is -1"),
         ({"reference": torch.zeros(3, 2)}, "need their latents"),
+        ({"seed": 1 << 32}, "seed is 4294967296; an integer from 0"),
     ],
 )
 def test_wrong_arguments_are_refused(problem, wrong, message):
@@ -228,6 +229,10 @@ def test_wrong_arguments_are_refused(problem, wrong, message):
 def test_wrong_spaces_are_refused():
     with pytest.raises(ArgumentError, match="highest order 7"):
         UsfSpace(EDM, 4, highest=7)
+    with pytest.raises(ArgumentError, match="highest order 2.5"):
+        UsfSpace(EDM, 4, highest=2.5)
+    with pytest.raises(ArgumentError, match="free is true or false, got 1"):
+        UsfSpace(EDM, 4, free=1)
     with pytest.raises(ArgumentError, match="no option 'ordr'"):
         TimestepSpace("unipc", EDM, 4, {"ordr": 2})
     with pytest.raises(ArgumentError, match="fed belongs to given timesteps"):
