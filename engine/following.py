@@ -23,7 +23,7 @@ from vivace.engine.plan import Plan
 from vivace.engine.receipt import Receipt, make_receipt
 from vivace.engine.request import Report, Request, Result, State
 from vivace.engine.sources.base import START, Course, Measure, StepSource, Window, opened
-from vivace.errors import ShapeError, UnsupportedError
+from vivace.errors import ShapeError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
     from vivace.engine.session import Session
@@ -102,25 +102,38 @@ def follow(session: Session, request: Request, source: StepSource) -> Following:
 
 
 def advance(session: Session, followed: Sequence[Following]) -> dict[int, Report]:
-    """One evaluation for every unfinished picture, and what is decided by it; a report by id of the state."""
+    """One evaluation for every unfinished picture, and what is decided by it; a report by id of the state.
+
+    Raises: StateError when a source cannot go on. Its request is aborted, the others are one evaluation further.
+    """
+    owners = {id(run): state for state in followed for run in state.runs}
     runs = [run for state in followed for run in state.runs if not run.done]
+    failed: list[StateError] = []
     _evaluate(session, runs)
     try:
         while runs:
             session.step([run.state for run in runs])
             at_end = [run for run in runs if run.window is not None and run.state.row == run.window.stop]
-            measured = _measured(at_end)
-            runs = [run for run in at_end if _decide(session, run, measured.get(id(run)))]
+            measured, runs = _measured(at_end), []
+            for run in at_end:
+                try:
+                    runs += [run] if _decide(session, run, measured.get(id(run))) else []
+                except StateError as error:
+                    failed.append(error)
+                    session.abort(owners[id(run)])
+            runs = [run for run in runs if not owners[id(run)].closed]
     except BaseException:
         for state in followed:
             session.abort(state)
         raise
+    if failed:
+        raise failed[0]
     return {id(state): _report(state) for state in followed}
 
 
 def finish(session: Session, state: Following) -> Result:
     """Latents, pictures, receipt and the plan of every picture; the caller closes the state."""
-    with session.timeline.span(state.runs[0].state.records, "decode", -1, len(state.lanes)):
+    with session.timeline.span(_longest(state).state.records, "decode", -1, len(state.lanes)):
         latents = torch.stack([run.x for run in state.runs])
         images = session.denoiser.to_images(latents)
     plans = tuple(session._expand(run.course.recorded()) for run in state.runs)
@@ -150,7 +163,8 @@ def _begun(session: Session, request: Request, source: StepSource) -> Run:
     try:
         values, tensors, _ = session._inputs(request, state.plan, state.pool)
         shared = state.entry
-        state.entry = state.pool.enter(object(), lambda: shared.lowered)  # its rows change, those of others do not
+        state.entry = state.pool.enter(("followed", state.lanes), lambda: shared.lowered)  # its lane's own: rows change
+        state.pool.rewrite(state.entry, shared.lowered)
         shared.users -= 1
         x = state.pool.state[state.entry.lowered.slots["x"], state.lanes[0]].clone()
         return Run(course, state, Given(values, frozenset(tensors)), window, start=x, before=x)
@@ -187,15 +201,20 @@ def _measured(runs: Sequence[Run]) -> dict[int, float]:
 
 
 def _measure(run: Run, measure: Measure) -> Tensor:
-    """One number of one picture, float64; its sums do not depend on who runs beside it."""
+    """One number of one picture, float64; its sums depend neither on who runs beside it nor on the threads."""
     x = run.x.double()
     if measure.kind == "variance":
-        return x.var()
+        return _twice(x).var(1)[0]
     run.low = torch.zeros_like(x)
     for slot, coef in measure.low:
         run.low += coef * (run.start if slot == START else run.slot(slot))
     bound = torch.maximum(run.low.abs(), run.before.abs()) * measure.rtol
-    return ((x - run.low) / bound.clamp_min(measure.atol)).square().mean().sqrt()
+    return _twice((x - run.low) / bound.clamp_min(measure.atol)).square().mean(1)[0].sqrt()
+
+
+def _twice(x: Tensor) -> Tensor:
+    """[2, D]: a lone sum would be split among threads."""
+    return x.reshape(1, -1).expand(2, -1)
 
 
 def _decide(session: Session, run: Run, measured: float | None) -> bool:
@@ -241,18 +260,22 @@ def _number(run: Run, rejected: bool) -> None:
     run.mark = len(records)
 
 
+def _longest(state: Following) -> Run:
+    """The picture with the most evaluations."""
+    return max(state.runs, key=lambda run: run.evaluated)
+
+
 def _report(state: Following) -> Report:
     """Rows: those executed in the picture with the most evaluations; how many come is known at the end."""
-    run = max(state.runs, key=lambda run: run.evaluated)
+    run = _longest(state)
     step = run.state.plan.steps[max(run.state.row - 1, 0)]
     return Report(run.evaluated - 1, run.evaluated + (not state.done), step.timestep, state.done)
 
 
 def _receipt(session: Session, state: Following, plans: tuple[Plan, ...]) -> Receipt:
     """The receipt of the picture with the most evaluations, with the counts of all."""
-    spent = [run.evaluated for run in state.runs]
-    longest = spent.index(max(spent))
-    run, plan = state.runs[longest], plans[longest]
+    run = _longest(state)
+    plan = plans[state.runs.index(run)]
     run.state.plan, run.state.caches = plan, caches(plan)
     receipt = make_receipt(
         run.state,
@@ -265,7 +288,7 @@ def _receipt(session: Session, state: Following, plans: tuple[Plan, ...]) -> Rec
     assert state.source is not None
     told = [run.course.told() for run in state.runs]
     counts: dict[str, Any] = {name: [one[name] for one in told] for name in told[0]}
-    counts |= {"evaluations": spent, "plans": [one.hash[:12] for one in plans]}
+    counts |= {"evaluations": [run.evaluated for run in state.runs], "plans": [one.hash[:12] for one in plans]}
     return replace(
         receipt,
         n=len(state.runs),

@@ -55,12 +55,16 @@ class Watch:
 
     def recall(self, guard: Guard, row: int) -> tuple[bool, ...]:
         """Whether a guard on what earlier rows predicted fires, by picture. Reads the device once, or not at all."""
+        if (known := self._known(row)) is not None:
+            return known
         fired, values = self.cosines.decide(guard)
         self.decisions.append(Decision(row, fired, values))
         return fired
 
     def decide(self, guard: Guard, signal: Tensor, row: int) -> tuple[bool, ...]:
         """Whether the guard fires, by picture, for a signal [branches, n, ...]. Reads the device once."""
+        if (known := self._known(row)) is not None:
+            return known
         states = self._states(guard)
         values = _changes(signal, [state.earlier for state in states])
         chosen = [
@@ -82,14 +86,21 @@ class Watch:
 
     def stay(self, row: int) -> tuple[bool, ...]:
         """The decision of a row whose guard is stuck."""
-        self.decisions.append(Decision(row, (True,) * self.pictures, (None,) * self.pictures))
-        return (True,) * self.pictures
+        fired = (True,) * self.pictures
+        if self._known(row) is None:
+            self.decisions.append(Decision(row, fired, (None,) * self.pictures))
+        return fired
 
     @property
     def nbytes(self) -> int:
         """Bytes of the signals that are kept."""
         states = [state.earlier for states in self._of.values() for state in states]
         return sum(signal.nbytes for signal in states if signal is not None) + self.cosines.nbytes
+
+    def _known(self, row: int) -> tuple[bool, ...] | None:
+        """What was decided of a row already, which then failed and is tried again."""
+        last = self.decisions[-1] if self.decisions else None
+        return last.fired if last is not None and last.row == row else None
 
     def _states(self, guard: Guard) -> list[_Picture]:
         return self._of.setdefault(guard.metric, [_Picture() for _ in range(self.pictures)])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from vivace.engine.liveness import live_after, live_before
 from vivace.engine.low_rank import KIND, keys_of
 from vivace.engine.plan import Affine, AgeRef, Coef, InputRef, Op, Plan, TensorRef, Transform, coefs, reads, writes
 from vivace.errors import ArgumentError, UnsupportedError
@@ -112,7 +113,7 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
     Raises: UnsupportedError naming the row, when an op is beyond the fused step; ArgumentError for a parameter.
     """
     codes = _Codes(slot_names(plan, given), given, side_car or {})
-    live = _live_after(plan)
+    live = live_after(plan)
     kernel_rows: list[Row] = []
     spans = []
     fans: dict[int, int] = {}
@@ -146,27 +147,6 @@ def lower_plan(plan: Plan, given: Given, side_car: Mapping[str, int] | None = No
         spans.append((first, len(kernel_rows)))
     table = build_table(kernel_rows, "float64")
     return Lowered(table, tuple(spans[1:]), spans[0], codes.slots, fans, maps)
-
-
-# --- liveness --------------------------------------------------------------------------------------------------------
-def _live_after(plan: Plan) -> list[set[str]]:
-    """Slots read later, before they are written again: entry 0 after `init`, entry i + 1 after row i."""
-    live = set(plan.results)
-    after = [live]
-    for step in reversed(plan.steps):
-        live = _live_before(step.ops, live)
-        if step.variant is not None:
-            live = (live - set(step.outs)) | {step.x}
-        after.append(live)
-    return after[::-1]
-
-
-def _live_before(ops: Sequence[Op], live: Set[str]) -> set[str]:
-    out = set(live)
-    for op in reversed(ops):
-        out.discard(writes(op))
-        out.update(reads(op))
-    return out
 
 
 # --- one plan row ----------------------------------------------------------------------------------------------------
@@ -221,7 +201,7 @@ def _rows(codes: _Codes, branches: Mapping[str, int], ops: Sequence[Op], live: S
             continue
         most = next((n for n, op in enumerate(ops) if isinstance(op, Transform) and op.kind == KIND), len(ops))
         for count in range(most, 0, -1):
-            after = _live_before(ops[count:], live)
+            after = live_before(ops[count:], live)
             try:
                 folded = [_fold(codes, branches, _of_class(ops[:count], number), after) for number in range(classes)]
                 break

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.machine import machine
-from vivace.engine.plan import Plan, Rule, Variant
+from vivace.engine.plan import Action, Plan, Rule, Variant
 from vivace.kernels import store
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _TIMESTEPS: tuple[float, ...] = (977.0, 5.0, 503.0)  # any would do for time; bi
 
 
 class Probe:
-    """The start-up self-test of one model in one executor at one latent shape, run once per branches and precisions.
+    """The start-up self-test of one model in one executor at one latent shape, run once for what `_probed` tells apart.
 
     What it found for a compiled model is kept on disk and holds as long as weights, machine and versions are the same.
     one_by_one: why samples may not share a forward, or None; ms: variant, see `_probed` -> (ms of 1 sample, ms of 3).
@@ -59,7 +59,7 @@ class Probe:
             "model": denoiser.spec.fingerprint,
         }
         key |= {"dtype": str(denoiser.dtype), "machine": machine(denoiser.device)}
-        rules = [[*rule.blocks, rule.site, rule.precision] for rule in variant.rules]
+        rules = [[*rule.blocks, rule.site, rule.precision, *_action(rule)] for rule in variant.rules]
         weights = self.denoiser.digest if rules else ""
         return {**key, "shape": self.shape, "branches": variant.branches, "precisions": rules, "weights": weights}
 
@@ -103,6 +103,12 @@ class Probe:
 
 
 def _probed(variant: Variant) -> Variant:
-    """What of a variant decides time and bits here: its branches and precisions."""
-    rules = tuple(Rule(rule.blocks, rule.site, precision=rule.precision) for rule in variant.rules if rule.precision)
-    return Variant(branches=variant.branches, rules=rules)
+    """What of a variant decides time and bits here: branches, precisions, whose attention maps are the identity."""
+    rules = [Rule(rule.blocks, rule.site, precision=rule.precision) for rule in variant.rules if rule.precision]
+    rules += [rule for rule in variant.rules if rule.action == Action.IDENTITY]
+    return Variant(branches=variant.branches, rules=tuple(rules))
+
+
+def _action(rule: Rule) -> list[str]:
+    """The action of a rule by name; nothing where it says none."""
+    return [] if rule.action is None else [rule.action.name]

@@ -53,7 +53,8 @@ def sample(
         start = None if x_init is None else x_init[:, None]
         column = _columns(denoiser)
         wide: dict[str, Tensor] = {}
-        found = sample(column, plan, noise[:, None], seed=seed, x_init=start, inputs=inputs, slots=wide, plans=plans)
+        given = {name: _column(value, batch=noise.shape) for name, value in (inputs or {}).items()}
+        found = sample(column, plan, noise[:, None], seed=seed, x_init=start, inputs=given, slots=wide, plans=plans)
         if slots is not None:
             slots.update({name: value[:, 0] for name, value in wide.items()})
         return found[:, 0]
@@ -96,6 +97,11 @@ def _requests(seed: int | Sequence[int], noise: Tensor, inputs: dict[str, Any]) 
 def _columns(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A denoiser of scalars [B] as one of columns [B, 1]."""
     return lambda x, t, **branch: denoiser(x[:, 0], t, **branch)[:, None]
+
+
+def _column(value: Any, batch: torch.Size) -> Any:
+    """A tensor of scalars [B] as one of columns [B, 1]; anything else as it is."""
+    return value[:, None] if isinstance(value, Tensor) and value.shape == batch else value
 
 
 def _of_sample(inputs: Mapping[str, Any], noise: Tensor, j: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vivace.engine.caching import CachePlan, caches
+from vivace.engine.caching import caches
 from vivace.engine.denoiser import Denoiser
 from vivace.engine.executors import Executor
 from vivace.engine.executors.picard import PicardExecutor
@@ -68,7 +68,6 @@ class Session:
         self._lock = threading.RLock()
         self._owner = next(self._owners)
         self._bound: dict[Plan, Plan] = {}
-        self._caches: dict[Plan, CachePlan] = {}
         self.kept = KeptMemory()
         self._state_dtype, self._batch = state_dtype, batch or 1
         self._pools: OrderedDict[tuple[int, ...], Pool] = OrderedDict()
@@ -105,10 +104,10 @@ class Session:
                 (report,) = self.step([state])
                 if callback is not None and callback(report) is False:
                     raise StateError(f"the callback stopped the run after row {report.row}")
+            return self.finish(state)
         except BaseException:
             self.abort(state)
             raise
-        return self.finish(state)
 
     def begin(self, request: Request) -> State:
         """Check a request, give it lanes, draw its start. Bad input raises before anything is taken."""
@@ -134,9 +133,7 @@ class Session:
             except BaseException:
                 entry.users -= 1
                 raise
-            state = State(
-                request, plan, condition, pool, entry, lanes, self._owner, warnings, began, self._caches[plan]
-            )
+            state = State(request, plan, condition, pool, entry, lanes, self._owner, warnings, began, caches(plan))
             try:
                 self._remember(state, values, tensors)
                 with self.timeline.span(state.records, "hoist", -1, len(lanes)):
@@ -153,7 +150,8 @@ class Session:
         """Execute the next row of every state, grouped by structure, one launch a group; any mix of plans and rows.
 
         When the network fails in one group, the states of that group are as they were before the call; one whose guard
-        had sent its pictures to several groups, of which some had run, is aborted.
+        had sent its pictures to several groups, of which some had run, is aborted, and so is one whose source cannot
+        go on.
         """
         with self._lock, self._threads():
             for state in states:
@@ -230,11 +228,8 @@ class Session:
                 self.probe.cover(bound)
                 self.executor.one_by_one = self.probe.one_by_one
             self._bound[plan] = bound
-            self._caches[bound] = caches(bound)
             if len(self._bound) > self.kept_plans:
-                old = self._bound.pop(next(iter(self._bound)))
-                if old not in self._bound.values():
-                    del self._caches[old]
+                del self._bound[next(iter(self._bound))]
         return bound
 
     def _remember(self, state: State, values: Mapping[str, float], tensors: Mapping[str, Tensor]) -> None:

@@ -102,6 +102,9 @@ class CpuExecutor:
     @torch.inference_mode()
     def _eagerly(self, call: Evaluation, variant: Variant) -> tuple[Tensor, ...]:
         """By the denoiser, as the framework runs it."""
+        if self.one_by_one is not None and len(call.lanes) > 1:
+            single = [self._eagerly(call.sample(n), variant) for n in range(len(call.lanes))]
+            return tuple(torch.cat(branch) for branch in zip(*single, strict=True))
         x = torch.cat(samples_of(call.x, call.lanes))
         return self.denoiser.evaluate(x, call.timesteps, call.conditions, variant)
 

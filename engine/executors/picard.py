@@ -24,7 +24,7 @@ from vivace.engine.executors.steps import finish_rows
 from vivace.engine.grouping import Part, group_of
 from vivace.engine.iterate import Iterate
 from vivace.engine.kept import KeptMemory, Seen
-from vivace.engine.plan import Plan, Rule, Step, Transform, Variant
+from vivace.engine.plan import Action, Plan, Rule, Step, Transform, Variant
 from vivace.engine.pool import Pool
 from vivace.engine.receipt import KernelUse, Timeline
 from vivace.engine.token_rows import focused
@@ -124,16 +124,17 @@ class PicardExecutor:
             state.iterate = Iterate(self.window, self.tolerance)
         rows = [row for row in range(part.row, len(steps)) if steps[row].variant is not None]
         rows = rows[: self.window or len(rows)] if state.iterate.outs else rows[:1]
-        outs = state.iterate.outs
-        latest = outs[max(outs)] if outs else {}
-        for row in rows:
-            outs.setdefault(row, latest)
+        if outs := state.iterate.outs:
+            latest = outs[max(outs)]
+            for row in rows:
+                outs.setdefault(row, latest)
         return _replayed(part, rows[-1])
 
     def _evaluate(self, fronts: Sequence[Part], inputs: Sequence[Inputs]) -> None:
         """The network at all inputs, those of one variant in one batch; predictions go to the iterates."""
         wanted = [(part, row, x) for part, rows in zip(fronts, inputs, strict=True) for row, x in rows.items()]
         variants: dict[Variant, list[tuple[Part, int, Tensor]]] = {}
+        found: list[tuple[Part, int, dict[str, Tensor]]] = []
         for part, row, x in wanted:
             variant = part.state.plan.steps[row].variant
             assert variant is not None
@@ -144,9 +145,11 @@ class PicardExecutor:
             first = 0
             for part, row, x in items:
                 here = slice(first, first := first + len(x))
-                assert part.state.iterate is not None
                 outs = {name: out[here].clone() for name, out in zip(variant.branches, made, strict=True)}
-                part.state.iterate.outs[row] = outs
+                found.append((part, row, outs))
+        for part, row, outs in found:
+            assert part.state.iterate is not None
+            part.state.iterate.outs[row] = outs
         for part, rows in zip(fronts, inputs, strict=True):
             iterate = part.state.iterate
             assert iterate is not None
@@ -237,5 +240,5 @@ def _not_alone(step: Step) -> str:
 
 
 def _keeps(rule: Rule) -> bool:
-    """A rule that says more than a precision."""
-    return rule.action is not None or rule.site == "merge" or bool(rule.order) or rule.share != 1.0
+    """A rule that says more than a precision, or which attention maps are the identity."""
+    return rule.action not in (None, Action.IDENTITY) or rule.site == "merge" or bool(rule.order) or rule.share != 1.0

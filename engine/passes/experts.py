@@ -39,7 +39,11 @@ def apply_experts(plan: Plan, below: float, *, model: str = "transformer_2") -> 
 def _second(step: Step, model: str) -> Step:
     if step.variant is None:
         return step
-    return replace(step, variant=replace(step.variant, model=model), ops=tuple(_own_scale(op) for op in step.ops))
+    guard = step.guard
+    if guard is not None:
+        guard = replace(guard, otherwise=replace(guard.otherwise, model=model))
+    variant, ops = replace(step.variant, model=model), tuple(_own_scale(op) for op in step.ops)
+    return replace(step, variant=variant, guard=guard, ops=ops)
 
 
 def _own_scale(op: Op) -> Op:

@@ -46,9 +46,14 @@ def freeze(plan: Plan, traces: Any) -> Plan:
 
 
 def cut_decisions(full: Plan, args: Args, first: int) -> Args:
-    """The pass's arguments for the run without its first rows: guards of rows that now compute are not decided."""
+    """The pass's arguments for the run without its first evaluations: guards of rows that now compute are not decided.
+
+    first: below 0 where the run has more evaluations than the full one, whose first steps are in closed form.
+    """
+    evaluated = [row for row, step in enumerate(full.steps) if step.variant is not None]
+    cut = evaluated[max(first, 0)] + min(first, 0)  # rows before the first one left
     decided = args.to_dict()["traces"]
-    return Args.of({"traces": {str(int(row) - first): value for row, value in decided.items() if int(row) > first}})
+    return Args.of({"traces": {str(int(row) - cut): value for row, value in decided.items() if int(row) > cut}})
 
 
 def _majority(traces: Any, guarded: set[int]) -> set[int]:

@@ -47,7 +47,8 @@ def apply_guidance(
         raise ArgumentError(f"apply_guidance: scale {scale}, rescale {rescale}; need a finite scale, 0 <= rescale <= 1")
     if kind == "embedded" and (tuple(interval) != (0.0, 1.0) or rescale):
         raise ArgumentError(f"apply_guidance: interval {interval}, rescale {rescale}; an embedded scale takes neither")
-    if any("uncond" in step.branches or EMBEDDED in dict(step.net_inputs) for step in plan.steps):
+    taken = {"uncond"} if kind == "embedded" else {"uncond", "perturbed"}
+    if any(taken & set(step.branches) or EMBEDDED in dict(step.net_inputs) for step in plan.steps):
         raise PlanError("apply_guidance: the plan is guided already; start from the plan without guidance")
     first, last = int(low * plan.nfe), int(high * plan.nfe)
     steps, evaluation = [], 0

@@ -124,6 +124,8 @@ def _rows(plan: Plan) -> list[_Row]:
 
 def _row(i: int, step: Step, prediction: str, pair: bool) -> _Row:
     where = f"invert: step {i}"
+    if step.guard is not None:
+        raise PlanError(f"{where} has a guard, which decides by the rows before it; `freeze` its decisions first")
     if step.restart:
         raise PlanError(f"{where} goes to more noise; only plans that go from noise to data are inverted")
     if step.variant is None or step.x != "x":

@@ -29,7 +29,7 @@ def tool(name):
 
 def run(*command):
     env = {**os.environ, "CCACHE_DISABLE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
 
 
 @cache

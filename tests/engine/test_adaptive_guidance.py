@@ -16,6 +16,7 @@ from vivace.engine.noise_schedule import NoiseSchedule
 from vivace.engine.passes import (
     adaptive_guidance,
     apply_adaptive_guidance,
+    apply_afs,
     apply_block_cache,
     apply_guards,
     apply_guidance,
@@ -174,6 +175,25 @@ def test_pictures_decide_alone_and_keep_their_bits_in_any_company():
     assert len(set(stopped)) > 1
 
 
+@pytest.mark.parametrize("params", [(), (2.0,)])
+def test_a_row_that_failed_is_decided_once(params):
+    plan = guards_of(toy_apart(), params=params, sticky=not params)
+    toy = Toy()
+    made = session(plan, toy=toy, probed=False)
+    want, evaluate = made("ab", n=3), toy.evaluate
+    state = made.begin(Request("ab", n=3))
+    while not state.done:
+        toy.evaluate = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            made.step([state])
+        toy.evaluate = evaluate
+        made.step([state])
+    result = made.finish(state)
+    assert torch.equal(result.latents, want.latents)
+    assert result.receipt.decisions == want.receipt.decisions
+    assert result.receipt.guidance == want.receipt.guidance
+
+
 def test_a_stuck_guard_reads_the_device_no_more():
     made = session(toy_plan(-0.9), probed=False)
     state = made.begin(Request("abc", n=2))
@@ -223,6 +243,16 @@ def test_frozen_rows_are_not_rescaled_and_others_are():
     static = freeze(apply_adaptive_guidance(plan, 0.5), {1: False, 2: True})
     kinds = [sum(isinstance(op, Transform) for op in step.ops) for step in static.steps]
     assert kinds == [1, 1, 0] and static.steps[2].outs == ("cond",)
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.75, 0.5])
+def test_a_tail_of_a_frozen_plan_whose_first_step_is_in_closed_form_keeps_its_rows(strength):
+    made = apply_adaptive_guidance(apply_afs(guided("v")), 0.9)
+    full = freeze(made, {row: row % 2 == 0 for row in range(2, 12)})
+    tail, told = full.tail(strength), {step.timestep: step.branches for step in full.steps}
+    first, *rest = tail.steps
+    assert first.branches == ("cond", "uncond") and len(rest) == int(12 * strength) - 1
+    assert all(step.branches == told[step.timestep] for step in rest)
 
 
 def test_a_frozen_plan_takes_caches_of_any_order():

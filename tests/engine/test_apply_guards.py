@@ -7,7 +7,15 @@ import pytest
 
 from tests.engine.test_planners import SPEC, euler, letters, table_of
 from vivace.engine import planners
-from vivace.engine.passes import apply_block_cache, apply_experts, apply_guards, apply_guidance, apply_precision, freeze
+from vivace.engine.passes import (
+    apply_adaptive_guidance,
+    apply_block_cache,
+    apply_experts,
+    apply_guards,
+    apply_guidance,
+    apply_precision,
+    freeze,
+)
 from vivace.engine.plan import Action, Plan
 from vivace.engine.planning import replan
 from vivace.errors import ArgumentError, ModelError, PlanError
@@ -52,6 +60,15 @@ def test_teacache_accumulates_a_polynomial_and_runs_both_ends():
     assert guarded(made) == [1, 2, 3, 4] and guard.params == POLYNOMIAL
     assert (guard.metric, guard.rule, guard.threshold) == ("modulated_input", "accumulated_below", 0.25)
     assert guard.otherwise.rules[0].blocks == (0, 6)
+
+
+def test_a_guard_chooses_between_variants_of_its_rows_expert():
+    with pytest.raises(PlanError, match="of model 'transformer_2'"):  # kept values never cross
+        apply_experts(apply_guards(euler(6), planners.FirstBlockCache(0.1)), 0.55)
+    made = apply_experts(apply_adaptive_guidance(apply_guidance(euler(6), 2.0)), 0.55)
+    models = [(step.variant.model, step.guard.otherwise.model) for step in made.steps if step.guard is not None]
+    assert {"main", "transformer_2"} == {model for model, _ in models}
+    assert all(model == otherwise for model, otherwise in models)
 
 
 def test_rows_at_a_guidance_edge_and_of_a_new_model_have_no_guard():

@@ -274,6 +274,22 @@ def test_an_accumulated_polynomial_starts_anew_after_a_computed_row():
         total = decision.values[0] if decision.fired[0] else 0.0
 
 
+def test_a_row_that_failed_is_decided_once():
+    plan = watching(base(8, guided=False), 0.3, "modulated_input", (1.0, 0.0), "accumulated_below")
+    want, toy = run(plan)
+    one, evaluate = session(plan, toy=toy), toy.evaluate
+    state = one.begin(Request("red"))
+    while not state.done:
+        toy.evaluate = lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            one.step([state])
+        toy.evaluate = evaluate
+        one.step([state])
+    result = one.finish(state)
+    assert torch.equal(result.latents, want.latents)
+    assert result.receipt.decisions == want.receipt.decisions
+
+
 def test_a_guard_the_model_cannot_look_at_is_refused():
     plan = watching(base(3), 0.1, "cosine")
     with pytest.raises(UnsupportedError, match=r"step 1.*'cosine'.*first_block"):

@@ -187,6 +187,16 @@ def test_an_inversion_of_a_tail_goes_as_far_as_the_tail():
     assert plan.init[0].terms == (("input:start", 1.0),)
 
 
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.25, 0.75), (0.8, 1.0)])
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
+def test_a_tail_guides_the_rows_that_the_whole_inversion_guides(strength, interval):
+    full = passes.apply_guidance(passes.invert(plan_for("eps", "ddim")), 2.0, interval=interval)
+    told = {step.timestep: step.branches for step in full.steps}
+    tail = full.tail(strength)
+    assert len(tail.steps) < len(full.steps) and tail.steps[0].timestep == full.steps[0].timestep
+    assert all(step.branches == told[step.timestep] for step in tail.steps)
+
+
 def test_recipes_remember_inversion_and_make_it_again():
     plan = passes.invert(passes.apply_guidance(plan_for("v"), 3.0), start="pair")
     assert plan.again() == plan and plan.again(steps=7).nfe == 6
@@ -248,6 +258,14 @@ def test_a_stepper_starts_from_the_pair_or_not_at_all():
     assert torch.equal(x, want.latents)
 
 
+def test_pictures_of_one_number_are_inverted_like_columns():
+    plan, x = passes.invert(plan_for("eps", "ddim")), torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    want = vivace.sample(lambda x, t: torch.tanh(x), plan, x[:, None], inputs={"start": x[:, None]})
+    for seed in (0, [1, 2, 3, 4, 5]):
+        made = vivace.sample(lambda x, t: torch.tanh(x), plan, x, seed=seed, inputs={"start": x})
+        assert torch.equal(made, want[:, 0])
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("plan", "why"),
@@ -262,6 +280,7 @@ def test_a_stepper_starts_from_the_pair_or_not_at_all():
             lambda: plan_of(Step(1.0, 0.5, 0.5, (Affine("x", (("out", 1.0),)), Transform("clamp", "x", (), CLAMP)))),
             "clamp of 'x'",
         ),
+        (lambda: passes.apply_adaptive_guidance(passes.apply_guidance(plan_for("eps", "ddim"), 2.0)), "has a guard"),
         (lambda: plan_of(Step(1.0, 0.5, 0.5, (Affine("x", (("out", 1.0),)),))), "does not show"),
     ],
 )

@@ -129,6 +129,8 @@ def test_plans_that_cannot_have_it_are_refused():
     for plan in (apply_block_cache(guided(), "fora", interval=2), apply_guards(guided(), "first_block_cache")):
         with pytest.raises(PlanError, match="comes before both"):
             perturbed(plan)
+    with pytest.raises(PlanError, match="guided already"):
+        apply_guidance(perturbed(ddim()), 2.0)
     with pytest.raises(ArgumentError, match="none of the model's 4"):
         apply_perturbed_attention(guided("v").bind(Toy().spec), blocks=(2, 7))
 

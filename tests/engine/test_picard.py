@@ -171,20 +171,28 @@ def test_requests_share_iterations_and_do_not_touch_each_other():
         assert torch.equal(s.finish(state).latents, latents)
 
 
-def test_a_failing_network_leaves_its_states_as_they_were():
-    toy, plan = Toy(), v_plan(9)
+@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("plan", [v_plan(9), apply_guidance(v_plan(9), 2.0, interval=(0.3, 0.7))], ids=["", "guided"])
+def test_a_failing_network_leaves_its_states_as_they_were(plan, failing):
+    toy, calls = Toy(), []
     s = picard(plan, toy=toy, tolerance=1e-3)
-    want = s("pizza", seed=8).latents
+    want = s("pizza", seed=8)
+    evaluate = toy.evaluate
+
+    def once(*args):
+        calls.append(args)
+        return evaluate(*args) if len(calls) != failing + 1 else 1 / 0
+
+    toy.evaluate = once
     state = s.begin(Request("pizza", seed=8))
-    s.step([state])
-    evaluate, toy.evaluate = toy.evaluate, lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         while not state.done:
             s.step([state])
-    toy.evaluate = evaluate
     while not state.done:
         s.step([state])
-    assert torch.equal(s.finish(state).latents, want)
+    result = s.finish(state)
+    assert torch.equal(result.latents, want.latents)
+    assert result.receipt.details["picard"] == want.receipt.details["picard"]
 
 
 def test_not_a_number_ends():

@@ -236,6 +236,15 @@ def test_a_failing_network_leaves_its_states_as_they_were():
     assert torch.equal(s.finish(state).latents, want)
 
 
+def test_a_failing_decoder_frees_the_lanes():
+    toy = Toy()
+    s = session(v_plan(), toy=toy)
+    toy.to_images = lambda latents: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        s("pizza")
+    assert s.pool.idle
+
+
 def test_callback_sees_every_row_and_may_stop():
     s, seen = session(v_plan()), []
     s(callback=lambda report: seen.append((report.row, report.done)))
@@ -279,6 +288,14 @@ def test_block_reuse_is_refused_at_compile_time():
     plan = edit(plan, 1, variant=Variant(rules=(Rule((0, 2), action=Action.REUSE),)))
     with pytest.raises(UnsupportedError, match="step 1.*REUSE"):
         session(plan, toy=Toy("flow"))
+
+
+def test_the_plan_of_the_session_is_run_after_many_others():
+    s = session(v_plan())
+    s.kept_plans, want = 2, s("pizza").latents
+    for steps in range(5, 9):
+        s(plan=v_plan(steps))
+    assert torch.equal(s("pizza").latents, want) and len(s._bound) == 2
 
 
 def test_many_plans_do_not_pile_up():

@@ -45,6 +45,13 @@ def test_picard_is_the_sequential_result(pipe):
         assert result.plan == want.plan and result.receipt.compiled["network by"] in ("cpu", "eager")
 
 
+def test_picard_runs_perturbed_branches(pipe):
+    plan = vivace.passes.apply_perturbed_attention(plan_of(pipe), 2.0, blocks=(2, 4), interval=(0.0, 0.5))
+    want = pipe.compile(plan)("red heart", n=2, seed=3)
+    result = pipe.compile(plan, backend="picard", tolerance=0.0)("red heart", n=2, seed=3)
+    assert torch.equal(result.latents, want.latents)
+
+
 def test_options_of_picard_belong_to_picard(pipe):
     with pytest.raises(vivace.ArgumentError, match="backend='picard'"):
         pipe.compile(plan_of(pipe), window=4)

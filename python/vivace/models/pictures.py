@@ -42,13 +42,21 @@ def to_images(latents: Tensor | np.ndarray[Any, Any]) -> list[Image.Image]:
 def to_latent(image: Image.Image | str | os.PathLike[str], shape: tuple[int, int, int]) -> Tensor:
     """x = byte / 127.5 - 1 of a picture resized to the model: float32 [C, H, W]; the inverse of `to_images`.
 
+    Arguments and errors as of `to_array`.
+    """
+    import torch
+
+    return torch.from_numpy(to_array(image, shape))
+
+
+def to_array(image: Image.Image | str | os.PathLike[str], shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    """x = byte / 127.5 - 1 of a picture resized to the model: float32 [C, H, W].
+
     Args:
         image: a PIL picture or the path of one; transparency is laid on white, other sizes are resized (Lanczos).
         shape: (C, H, W) of the model, C = 1, 3 or 4.
     Raises: ArgumentError for a file that is no picture, ShapeError for another C.
     """
-    import torch
-
     channels, height, width = shape
     if channels not in MODES:
         raise ShapeError(f"to_latent: a picture has 1, 3 or 4 channels, the model has {channels}; pass a latent")
@@ -59,7 +67,7 @@ def to_latent(image: Image.Image | str | os.PathLike[str], shape: tuple[int, int
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, dtype=np.float32).reshape(height, width, channels)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).div_(127.5).sub_(1.0)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1.0)
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

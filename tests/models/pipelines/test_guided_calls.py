@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tests.models.pipelines import tiny
 
@@ -13,6 +14,8 @@ from vivace.engine.passes import (
     apply_linear_ag,
     apply_perturbed_attention,
     freeze,
+    invert,
+    retrace,
 )
 from vivace.engine.plan import Variant
 from vivace.errors import UnsupportedError
@@ -67,11 +70,39 @@ def test_estimated_rows_run_cond_alone(name):
     assert sum(rows) == told.branch_evals == 6 and bool(torch.isfinite(made).all())
 
 
+def test_a_guarded_row_runs_its_own_expert():
+    always = run("wan22", lambda pipe: apply_adaptive_guidance(plan_for(pipe), -0.999))
+    first = run("wan22", lambda pipe: freeze(apply_adaptive_guidance(plan_for(pipe)), {i: True for i in (1, 2, 3)}))
+    assert (
+        sum(always[1]) == sum(first[1]) == 4 and always[2].branch_evals == 5
+    )  # one row of four is the second expert's
+    torch.testing.assert_close(always[0], first[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "wan"])
+def test_what_was_decided_before_a_callback_changed_the_latents_is_told(name):
+    def change(pipe, step, timestep, given):
+        return {"latents": 0.5 * given["latents"]} if step == 2 else {}
+
+    steps = {"num_inference_steps": 6, "callback_on_step_end": change}
+    told = run(name, lambda pipe: apply_adaptive_guidance(plan_for(pipe, 6), -0.999), **steps)[2]
+    left_out = [row.row for row in told.rows if row.branches == ("cond",)]
+    assert left_out == [decision.row for decision in told.decisions if all(decision.fired)] == [1, 2, 4, 5]
+
+
 def test_adaptive_guidance_beside_caches_is_to_be_frozen_first():
     pipe = tiny.make("sd15")
     plan = apply_adaptive_guidance(apply_block_cache(plan_for(pipe, 8), "fora", interval=2), 0.9)
     with pytest.raises(UnsupportedError, match="freeze its decisions first"):
         vivace.accelerate(pipe, plan)
+
+
+def test_a_plan_that_starts_from_a_picture_is_not_run_from_noise():
+    pipe = tiny.make("sdxl")
+    plan = vivace.make_plan(vivace.NoiseSchedule.vp(DDIMScheduler().betas.numpy()), "ddim", 4)
+    for made in (invert(plan), retrace(plan)):
+        with pytest.raises(UnsupportedError, match="starts from 'input:start'"):
+            vivace.accelerate(pipe, made)
 
 
 # ---------------------------------------------------------------- perturbed attention
@@ -100,6 +131,15 @@ def test_the_branch_is_the_network_with_identity_maps():
     (want,) = denoiser.evaluate(x, [500.0], [condition], Variant())
     torch.testing.assert_close(worse, want, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(worse, cond, atol=1e-4)
+
+
+def test_pictures_of_perturbed_rows_keep_their_bits_in_any_company():
+    loaded = vivace.load(tiny.make("sd15"))
+    compiled = loaded.compile(apply_perturbed_attention(loaded.plan(2), 2.0, blocks=(0, 1)))
+    both = compiled(prompt_of("sd15"), n=2, seed=1)
+    for j in range(2):
+        assert torch.equal(compiled(prompt_of("sd15"), index=j, seed=1).latents[0], both.latents[j])
+    assert any("identity" in use.reason for use in both.receipt.kernels)
 
 
 def prompt_of(name):

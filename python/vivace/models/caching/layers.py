@@ -103,7 +103,7 @@ class Cut:
 
 def nothing(hidden: Tensor) -> Tensor:
     """What stands for a feature map that nobody reads: what a control network adds to it may have any size."""
-    return hidden.new_zeros((len(hidden), *(1 for _ in hidden.shape[1:])))
+    return hidden.new_zeros((hidden.shape[0], *(1 for _ in hidden.shape[1:])))
 
 
 def _some(places: slice, down: bool, within: Callable[[Any], Any] | None, block: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from vivace.engine.executors.eager import check_whole
 from vivace.engine.looking import estimates, hears
-from vivace.engine.plan import Plan
+from vivace.engine.plan import Plan, reads
 from vivace.engine.receipt import Receipt
 from vivace.errors import ArgumentError, StateError, UnsupportedError
 from vivace.models.pipelines.cached import Offer, gives_again
@@ -234,9 +234,14 @@ def _of(pipeline: Any, what: str) -> Acceleration:
 
 
 def _check(plan: Plan, pipeline: Any) -> None:
-    """Refuse tails, and rows that the pipeline's networks cannot run."""
+    """Refuse tails, plans that start from a picture, and rows that the pipeline's networks cannot run."""
     if plan.recipe is not None and plan.recipe.tail is not None:
         raise ArgumentError("accelerate: the plan is a tail; give the full plan, of which the call's strength cuts one")
+    if given := [slot for op in plan.init for slot in reads(op) if slot.startswith("input:")]:
+        raise UnsupportedError(
+            f"the plan starts from {given[0]!r}, a pipeline's call from its own noise; run such plans with "
+            "vivace.load(pipeline).compile(plan)"
+        )
     if estimates(plan):
         raise UnsupportedError("guards that estimate branches; apply_linear_ag(plan, rows=...) does it in a pipeline")
     if hears(plan) and gives_again(plan):

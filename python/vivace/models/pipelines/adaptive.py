@@ -14,12 +14,13 @@ from vivace.engine.plan import Plan, Step
 
 
 class Adaptive:
-    """The guards of one run of a plan; begun anew where the run starts anew."""
+    """The guards of one call; what they measure is begun anew where its run starts anew, what they decided is kept."""
 
     def __init__(self, plan: Plan) -> None:
         self.asked = hears(plan)
         self._watch: Watch | None = None
         self._stopped: dict[int, bool] = {}
+        self._decisions: list[Decision] = []
 
     def restart(self) -> None:
         """Nothing was measured yet."""
@@ -28,8 +29,8 @@ class Adaptive:
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """By row of the run, for the receipt."""
-        return () if self._watch is None else tuple(self._watch.decisions)
+        """By row of the plan, for the receipt."""
+        return tuple(self._decisions)
 
     def row(self, number: int, step: Step) -> Step:
         """The row with the branches that it runs: its guard's where that fires for every picture. Decided once."""
@@ -38,7 +39,7 @@ class Adaptive:
             return step
         if number not in self._stopped:
             fired = all(self._watch.recall(guard, number))
-            self._watch.decisions[-1] = replace(self._watch.decisions[-1], fired=(fired,) * self._watch.pictures)
+            self._decisions[-1] = replace(self._decisions[-1], fired=(fired,) * self._watch.pictures)
             self._stopped[number] = fired
         return replace(step, variant=guard.otherwise) if self._stopped[number] else step
 
@@ -47,6 +48,6 @@ class Adaptive:
         if not self.asked or not set(BOTH) <= outs.keys():
             return
         pictures = len(outs["cond"])
-        self._watch = self._watch or Watch(pictures)
+        self._watch = self._watch or Watch(pictures, self._decisions)
         for picture in range(pictures):
             self._watch.cosines.note(picture, outs["cond"][picture], outs["uncond"][picture])

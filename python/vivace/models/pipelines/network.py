@@ -57,7 +57,10 @@ class Manner:
 
     def times(self, timesteps: Sequence[float], device: torch.device | str = "cpu") -> Tensor:
         """What the network is fed at `timesteps` of a plan, [n]."""
-        t = torch.tensor(timesteps, dtype=self.dtype, device=device)
+        return self.fed(torch.tensor(timesteps, dtype=self.dtype, device=device))
+
+    def fed(self, t: Tensor) -> Tensor:
+        """The same of timesteps in `dtype`."""
         fed = t if self.divisor == 1.0 else t / self.divisor
         return fed if self.offset == 0.0 else fed + self.offset
 

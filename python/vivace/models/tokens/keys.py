@@ -40,15 +40,15 @@ def attending(
 
     Part k of the memory is the k-th attention: [text + N, width of the key heads + width of the value heads].
     """
-    return {path: partial(_stand_in, path, Keys(memory, k, tokens, active)) for k, path in enumerate(names)}
+    return {path: partial(stand_in, path, Keys(memory, k, tokens, active)) for k, path in enumerate(names)}
 
 
 def listening(path: str, memory: Places, tokens: Tokens, count: Callable[[], int]) -> dict[str, Callable[[Any], Any]]:
     """A stand-in of a self-attention that keeps what its image tokens, `count` when it runs, receive."""
-    return {path: partial(_stand_in, path, Received(memory, tokens, count))}
+    return {path: partial(stand_in, path, Received(memory, tokens, count))}
 
 
-def _stand_in(path: str, keys: Keys | Received, attention: Any) -> Any:
+def stand_in(path: str, keys: Keys | Received, attention: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         heads = getattr(getattr(attention, "to_k", None), "out_features", None)
         with Product(keys, heads) as product:
@@ -72,7 +72,7 @@ class Keys:
 
     def attend(self, product: Callable[..., Tensor], width: int | None, *args: Any, **kwargs: Any) -> Tensor:
         """The attention of query [R, H, L, K] over keys and values; width: of all key heads, None: as many as H."""
-        query, key, value, options = _named(*args, **kwargs)
+        query, key, value, options = named(*args, **kwargs)
         heads = query.shape[1] if width is None else width // key.shape[-1]
         repeats = key.shape[1] // heads
         fresh = [each[:, ::repeats].transpose(1, 2).flatten(2) for each in (key, value)]
@@ -145,7 +145,7 @@ class Received:
 
     def attend(self, product: Callable[..., Tensor], width: int | None, *args: Any, **kwargs: Any) -> Tensor:
         """The attention as it is; what tokens receive is kept."""
-        query, key, value, options = _named(*args, **kwargs)
+        query, key, value, options = named(*args, **kwargs)
         count, length = self.count(), key.shape[2]
         image = slice(0, count) if self.tokens.behind else slice(length - count, length)
         scale = options.get("scale") or query.shape[-1] ** -0.5
@@ -185,7 +185,7 @@ class Product(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _named(
+def named(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """The arguments of `scaled_dot_product_attention` however they were passed."""
