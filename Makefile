@@ -42,6 +42,8 @@ build: $(STAMP)
 
 bench-setup: $(STAMP)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[torch,dev,diffusers,bench]"
+	test -x .venv-rtx/bin/python || $(PYTHON) -m venv .venv-rtx
+	.venv-rtx/bin/python -m pip install -q tensorrt-rtx==1.7.1.116 || echo "no TensorRT-RTX: its engines are not built"
 	$(BIN)/python -m vivace.bench.prepare
 
 # The C++ tests under the address and undefined-behaviour sanitizers; `make test` runs them too.

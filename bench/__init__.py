@@ -10,7 +10,7 @@ from typing import Any
 from vivace.engine.plan_io import write_atomic
 from vivace.errors import ArgumentError
 
-SUITES = ("caching", "denoiser", "e2e", "gate", "kernels", "solvers", "tokens")
+SUITES = ("caching", "denoiser", "e2e", "export", "gate", "kernels", "solvers", "tokens")
 
 
 def run(

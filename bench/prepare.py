@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vivace.bench import caching_cases, e2e, solvers, solvers_guidance, solvers_search
+from vivace.bench import caching_cases, e2e, export, export_packs, solvers, solvers_guidance, solvers_search
 from vivace.bench.artefacts import Artefact, folder, megabytes
 from vivace.bench.int8_weights import int8_weights
 from vivace.bench.models import MODELS
@@ -45,6 +45,8 @@ def artefacts() -> Iterator[Artefact]:
                 yield solvers_guidance.adaptive(solvers_guidance.GUIDANCE[0])
         if runtime("onnx_runtime").why_not("float32") is None and everything:
             yield graphs.onnx_int8(model, "dynamic")
+        if export.absent() is None:
+            yield from (case.artefact for case in export_packs.CASES.values() if case.model is model)
         if runtime("open_vino").why_not("float32") is None:
             yield graphs.openvino(model)
             if everything:

@@ -20,9 +20,9 @@ def live_after(plan: Plan) -> list[set[str]]:
 
 
 def live_before(ops: Sequence[Op], live: Set[str]) -> set[str]:
-    """Slots read by `ops` or, being in `live`, behind them, as they are before."""
+    """Slots read by `ops` or, being in `live`, behind them, as they are before; "one" and noise are in no memory."""
     out = set(live)
     for op in reversed(ops):
         out.discard(writes(op))
-        out.update(reads(op))
+        out.update(slot for slot in reads(op) if slot != "one" and not slot.startswith("noise:"))
     return out

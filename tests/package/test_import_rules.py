@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,16 @@ PLAN = (
     "engine.merge_rows",
     "engine.looking",
     "engine.low_rank",
+    "engine.liveness",
 )
 MAKING = ("engine.noise_schedule", "engine.timesteps", "engine.solvers")
 FROM_DIFFUSERS = tuple(
     f"engine.diffusers_{part}" for part in ("config", "grids", "rows", "discrete", "sigmas", "multistep", "classes")
 )
-RUNTIME = (*PLAN, "engine.plan_io", "engine.plan_codec", "engine.noise", "runtime")  # and never torch
+RUNTIME = (  # and never torch
+    *(*PLAN, "engine.plan_io", "engine.plan_codec", "engine.noise"),
+    *("models.prompts", "models.pictures", "runtime"),
+)
 FREE = ("errors", "__version__")  # everyone may import these
 
 # First matching prefix decides: (module prefix, own modules it may import, third-party packages it may import).
@@ -74,11 +79,15 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     ("models.compiled", ("models", "engine", "kernels", "_C"), {"torch"}),
     ("models", ("models", "engine", "kernels", "metrics"), {"numpy", "torch", "safetensors", "PIL", "rapidfuzz"}),
     ("profile", ("profile", "models", "engine", "kernels", "_C"), {"numpy", "torch"}),
-    ("runtime", RUNTIME, {"numpy", "safetensors", "PIL", "rapidfuzz", "onnxruntime", "tokenizers", "tensorrt"}),
+    (
+        "runtime",
+        RUNTIME,
+        {"numpy", "safetensors", "PIL", "rapidfuzz", "onnxruntime", "openvino", "tokenizers", "tensorrt"},
+    ),
     (
         "export",
         ("export", "runtime", "models", "engine", "kernels", "metrics"),
-        {"numpy", "torch", "safetensors", "PIL", "onnx", "ml_dtypes", "tensorrt", "tensorrt_rtx"},
+        {"numpy", "torch", "safetensors", "PIL", "onnx", "onnxruntime", "ml_dtypes", "tensorrt", "tensorrt_rtx"},
     ),
     ("bench.peers", ("",), {"numpy", "torch", "diffusers", "cache_dit", "onnx", "onnxruntime", "openvino"}),
     (
@@ -110,27 +119,27 @@ def modules():
 MODULES = dict(modules())
 
 
+@cache
 def imports(path):
     """(imported name, inside a function or a type-checking block) of every import of a file."""
-    tree = ast.parse(path.read_text())
-    inner = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.If))
-        for child in ast.walk(node)
-        if child is not node
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node in inner
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            module = node.module
-            own = module.removeprefix("vivace").lstrip(".") if module.split(".")[0] == "vivace" else None
-            for alias in node.names:
-                sub = f"{own}.{alias.name}".lstrip(".") if own is not None else ""
-                yield f"vivace.{sub}" if sub in MODULES or module == "vivace" else module, node in inner
+    return list(_imports(ast.parse(path.read_text()), False))
+
+
+def _imports(node, inner):
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.name, inner
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        module = node.module
+        own = module.removeprefix("vivace").lstrip(".") if module.split(".")[0] == "vivace" else None
+        for alias in node.names:
+            sub = f"{own}.{alias.name}".lstrip(".") if own is not None else ""
+            yield f"vivace.{sub}" if sub in MODULES or module == "vivace" else module, inner
+    elif not isinstance(node, ast.expr):
+        inner = inner or isinstance(node, (ast.FunctionDef, ast.If))
+        for child in ast.iter_child_nodes(node):
+            yield from _imports(child, inner)
 
 
 def under(name, prefixes):

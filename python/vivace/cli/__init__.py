@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vivace.cli.export import export_app
 from vivace.cli.options import (
     Backend,
     Guidance,
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(plan_app, name="plan")
+app.add_typer(export_app, name="export")
 
 
 @app.command()
@@ -80,6 +82,49 @@ def generate(
         show_tokens=show_tokens,
     )
     emit(data, text, as_json)
+
+
+@app.command("run")
+def run_pack(
+    pack: Annotated[Path, typer.Argument(help="Folder that `vivace export onnx` made.")],
+    prompts: Prompts,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the plan's. 1 = off.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Pictures per prompt.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed; picture j of a prompt is picture j of the seed.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="PNG to write (vivace.png), or latents as .npy.")] = None,
+    scale: Annotated[int, typer.Option(help="Enlarge the PNG this many times.", min=1, max=32)] = 1,
+    image: Annotated[Path | None, typer.Option(help="Picture that a plan for image to image starts at.")] = None,
+    check: Annotated[bool, typer.Option(help="Check the hashes of the pack's files.")] = True,
+    backend: Annotated[
+        str, typer.Option(help="What runs the graphs: onnxruntime, openvino or tensorrt.")
+    ] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: the backend's.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Pictures by an exported pack, without torch: the whole loop, its caches, guards and noise."""
+    from vivace.cli.run import run_prompts
+
+    asked: dict[str, Any] = {"n": n, "seed": seed, "guidance": guidance, "out": out, "scale": scale, "image": image}
+    data, text = run_prompts(pack, prompts, **asked, backend=backend, threads=threads, check=check)
+    emit(data, text, as_json)
+
+
+@app.command()
+def verify(
+    pack: Annotated[Path, typer.Argument(help="Folder that `vivace export onnx` made.")],
+    backend: Annotated[
+        str, typer.Option(help="What runs the graphs: onnxruntime, openvino or tensorrt.")
+    ] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: the backend's.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Is a pack whole, and does it do here what it did where it was made? Its goldens, row by row; 1 if it deviates."""
+    from vivace.cli.verify import verify_folder
+
+    data, text, holds = verify_folder(pack, backend=backend, threads=threads)
+    emit(data, text, as_json)
+    if not holds:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -206,7 +251,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="caching, denoiser, e2e, gate, kernels, solvers or tokens.")],
+    suite: Annotated[str, typer.Argument(help="caching, denoiser, e2e, export, gate, kernels, solvers or tokens.")],
     op: Annotated[str | None, typer.Option(help="Only this op; with gate, the model.")] = None,
     claim: Annotated[str | None, typer.Option(help="Only measure this claim.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions.")] = False,

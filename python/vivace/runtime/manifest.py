@@ -1,7 +1,6 @@
 """The manifest of a pack: what lies in the folder, which graph runs what, and where its tensors come from.
 
-Plain data, standard library only. `Manifest.from_dict` takes nothing on trust: it raises PackError for every field that
-is lacking, of another type or not known.
+Plain data. `runtime.manifest_io` reads and writes the file and takes nothing on trust.
 """
 
 from __future__ import annotations
@@ -16,7 +15,25 @@ FORMAT = "vivace-pack"
 VERSION = 1
 NAME = "manifest.json"
 PLAN, WEIGHTS, GOLDENS = "plan.json", "weights.bin", "goldens.safetensors"
+SIDE_CAR = "plan.safetensors"
+# Dtypes of tensors: ONNX's number, bytes of an element.
+DTYPES: dict[str, tuple[int, int]] = {
+    "float32": (1, 4),
+    "float64": (11, 8),
+    "float16": (10, 2),
+    "bfloat16": (16, 2),
+    "float8_e4m3fn": (17, 1),
+    "int8": (3, 1),
+    "uint8": (2, 1),
+    "int32": (6, 4),
+    "int64": (7, 8),
+    "bool": (9, 1),
+}
 ROLES = ("row", "prepare", "positions", "step", "encode", "decode")
+SOURCES = (
+    *("latent", "timestep", "prediction", "condition", "number", "prepared", "size", "tokens", "kept", "kept_scale"),
+    *("weights", "hidden", "signal", "slots", "coefficients", "fields", "outs", "text", "text_mask", "picture"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +93,18 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """model: name, licence, fingerprint, prediction, latent_shape, blocks, patch, token_group, width, conditioning,
-    guidance (of its card), schedule; prompts: {"kind": "class", "names": [...], "null": id} or {"kind": "text",
-    "tokenizers": {name: {...}}, "negative": ""} or {"kind": "tensors"}; precision: {"network": "float32" | "float16" |
-    "bfloat16", "int8": emitter or "", "scheme": {...}}; tolerance: relative error that goldens are held to, by row;
+    """model: name, licence, fingerprint, prediction, latent_shape, blocks, patch, token_group, width, layout, pixels,
+    conditioning, guidance (of its card), schedule; prompts: {"kind": "class", "names": [[id, name, codepoint], ...],
+    "classes": count, which is the null label} or {"kind": "text", "tokenizers": {name: {"file", "length", "pad_id",
+    "pad_token"}}, "negative": ""} or {"kind": "tensors"}; precision: {"network": "float32" | "float16" | "bfloat16",
+    "int8": emitter or "", "scheme": {...}}; plan: its hash; tolerance: relative error that goldens are held to, by row;
     weights: bytes of the model's tensors by precision, each stored once.
     """
 
     model: Mapping[str, Any]
     prompts: Mapping[str, Any]
     precision: Mapping[str, Any]
+    plan: str
     opset: int
     graphs: tuple[Graph, ...]
     files: tuple[FileInfo, ...]
