@@ -23,6 +23,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="vivace-families-")
 def load(name, dtype=torch.float32):
     """A tiny pipeline of two blocks, its prompt embeddings as the empty prompt."""
     pipe = make(name, dtype)
+    pipe.vae = None
     if name != "sd15":
         net = pipe.transformer
         net.transformer_blocks = nn.ModuleList(list(net.transformer_blocks)[:: -1 if name == "flux" else 2][:2])
