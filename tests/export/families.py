@@ -35,17 +35,19 @@ def load(name, dtype=torch.float32):
 
 
 def plan_of(name, pipe):
-    """Caches and tokens of each family: "pixart" all at once with guidance in the first half, "sd3" attentions and
-    tokens, "flux" forecasts, "sd15" the inner blocks of its UNet."""
-    plan = pipe.plan(6)
+    """Few structures each: "pixart" caches and tokens at once, "sd3" tokens, "flux" forecasts of its residual, "sd15"
+    the rim of its UNet, guided in the first half."""
+    plan = pipe.plan(4)
     if name == "flux":
-        return passes.apply_block_cache(plan, TaylorSeer(interval=2, order=1, first=2, sites=("residual",)))
-    interval = {"interval": (0.0, 0.5)} if name == "pixart" else {}
+        taylor = TaylorSeer(interval=2, order=1, first=2, last=0, sites=("residual",))
+        return passes.apply_block_cache(plan, taylor)
+    interval = {"interval": (0.0, 0.5)} if name == "sd15" else {}
     plan = passes.apply_guidance(plan, 4.0, **interval)
     if name == "sd15":
         return passes.apply_block_cache(plan, DeepCache(interval=2))
-    plan = passes.apply_block_cache(plan, Fora(interval=2, sites=("attn", "mlp") if name == "pixart" else ("attn",)))
-    return passes.apply_tokens(plan, 0.5, first=2, last=2)
+    if name == "pixart":
+        plan = passes.apply_block_cache(plan, Fora(interval=4, last=0, sites=("mlp",)))
+    return passes.apply_tokens(plan, 0.5, first=1, last=0)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The source archive builds, the wheel built from it holds real files, and both work in a clean environment."""
 
+import json
 import os
 import subprocess
 import sys
@@ -73,3 +74,12 @@ def test_the_wheel_works_in_a_clean_environment_without_torch(archives, tmp_path
     assert str(tmp_path / "env") in shell(python, "-c", CHECK, cwd=tmp_path)
     shell(tmp_path / "env" / "bin" / "vivace", "plan", "show", "plan.json", cwd=tmp_path)
     assert "not installed" in shell(tmp_path / "env" / "bin" / "vivace", "doctor", cwd=tmp_path)
+    # packs run there with ONNX Runtime beside what the package needs
+    shell(sys.executable, "-m", "vivace", "export", "onnx", "emoji", "--steps", "4", "--out", tmp_path / "pack")
+    shell(python, "-m", "pip", "install", "-q", f"{archives[1]}[runtime]")
+    vivace = tmp_path / "env" / "bin" / "vivace"
+    assert json.loads(shell(vivace, "verify", "pack", "--json", cwd=tmp_path))["holds"]
+    shell(vivace, "run", "pack", "pizza", "--out", "pizza.png", cwd=tmp_path)
+    assert (tmp_path / "pizza.png").read_bytes()[:4] == b"\x89PNG"
+    absent = shell(python, "-m", "pip", "list")
+    assert not any(name in absent.split() for name in ("torch", "onnx", "diffusers"))

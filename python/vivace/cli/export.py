@@ -50,6 +50,23 @@ def export_pack(
     emit(*_told(out, pack), as_json)
 
 
+@export_app.command("triton-server")
+def export_repository(
+    pack: Annotated[Path, typer.Argument(help="Folder of `vivace export onnx`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: the model repository.")],
+    name: Annotated[str | None, typer.Option(help="What names of models begin with; default: the model's.")] = None,
+    rows: Annotated[int, typer.Option(help="Most rows of a batch (pictures times branches).", min=1)] = 16,
+    ensembles: Annotated[bool, typer.Option(help="Also models that do what goes before a row.")] = True,
+    as_json: Json = False,
+) -> None:
+    """A model repository for Triton Inference Server, ready to be mounted."""
+    from vivace.export import export_triton_server
+
+    models = export_triton_server(pack, out, name=name, max_batch_size=rows, ensembles=ensembles)
+    text = f"wrote {out}: {', '.join(models)}\nserve it with: tritonserver --model-repository={out.absolute()}"
+    emit({"out": str(out), "models": list(models)}, text, as_json)
+
+
 def _told(out: Path, pack: Any) -> tuple[dict[str, Any], str]:
     manifest = pack.manifest
     files = {info.name: info.bytes for info in manifest.files}

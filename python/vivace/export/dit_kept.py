@@ -143,9 +143,14 @@ class Planes:
         """In which dtype planes are put together of tokens; what is 8 bits wide and floats cannot be."""
         return FLOAT if self.dtype == STORES["fp8"] else self.dtype
 
+    @property
+    def _shape(self) -> tuple[int | str, ...]:
+        """Of a plane's port."""
+        return ("rows", "tokens", *self._last)
+
     def _input(self, j: int) -> Plane:
         """Plane j as it comes in, in `_moved`."""
-        name, shape = self.kept.name, ("rows", "tokens", *self._last)
+        name, shape = self.kept.name, self._shape
         values = self.parts.to.input(Port(f"{name}.plane{j}", self.dtype, shape, "kept", name, 0, j))
         values = self.parts.cast(values, self.dtype, self._moved)
         if self.dtype != "int8":
@@ -164,7 +169,7 @@ class Planes:
     def _write(self, j: int, fresh: str, frm: str) -> Plane:
         """Plane j with values [R, M, ...] of the tokens that are meant, in `_moved`."""
         parts, to, name = self.parts, self.parts.to, self.kept.name
-        shape = ("rows", "tokens", *self._last)
+        shape = self._shape
         made = self._rounded(fresh, frm)
         if self.some is not None:
             old = self._input(j)

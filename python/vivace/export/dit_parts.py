@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -34,13 +35,14 @@ class DitWeights:
 
     def linear(self, layer: str, dtype: str) -> tuple[onnx.TensorProto, onnx.TensorProto | None]:
         """Weight [K, N] and bias [N] of a layer, called after it."""
-        module = self.network.get_submodule(layer)
+        module: Any = self.network.get_submodule(layer)
         weight = self._tensor(f"{layer}.weight", dtype, lambda: module.weight.mT)
         return weight, None if module.bias is None else self._tensor(f"{layer}.bias", dtype, lambda: module.bias)
 
     def embedding(self, layer: str, dtype: str) -> onnx.TensorProto:
         """The table [classes + 1, D] of an embedding."""
-        return self._tensor(f"{layer}.weight", dtype, lambda: self.network.get_submodule(layer).weight)
+        module: Any = self.network.get_submodule(layer)
+        return self._tensor(f"{layer}.weight", dtype, lambda: module.weight)
 
     def ones(self, dtype: str) -> onnx.TensorProto:
         """1, D times."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vivace.export.pack import MadeGraph
 from vivace.export.tidy import tidied
 from vivace.export.tokenizers import tokenizer_file
-from vivace.export.traced_ops import Decomposed, array_of, exported, layers_of
+from vivace.export.traced_ops import Decomposed, array_of, constants_of, exported, layers_of
 from vivace.export.vae import decoder_modules
 from vivace.export.weights import WeightStore
 from vivace.models.pipelines.capture import hear
@@ -131,7 +131,7 @@ def encode_graph(denoiser: NetworkDenoiser, opset: int, store: WeightStore) -> M
     for name, value in zip(sorted(texts.places), encoder(example), strict=True):
         dtype = str(value.dtype).removeprefix("torch.")
         outputs.append(Port(name, dtype, tuple(value.shape), "condition", name))
-    made, used = tidied(model, ports, outputs, layers_of(program), store)
+    made, used = tidied(model, ports, outputs, layers_of(program, model), store, known=constants_of(program))
     return MadeGraph("encode", "encode", made, used, tuple(outputs))
 
 
@@ -231,7 +231,7 @@ class _Answered(dict[str, Any]):
 
 
 def _answer(ids: Tensor, mask: Tensor | None, padding: Any = None, **_: Any) -> _Answered:
-    """The ids of a text that is filled up; asked for its own length, which tells of nothing but cut words, one token."""
+    """The ids of a text that is filled up; where its own length is asked for, to tell of words cut off, one token."""
     kept = slice(None) if padding == "max_length" else slice(0, 1)
     return _Answered(input_ids=ids[:, kept], attention_mask=None if mask is None else mask[:, kept])
 

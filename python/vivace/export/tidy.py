@@ -23,6 +23,7 @@ from vivace.runtime.manifest import DTYPES, Port
 PRODUCER = "vivace"
 MOST_FOLDED = 1 << 28  # bytes of a constant that is computed beforehand
 MOST_TOLD = 1 << 20  # bytes of a parameter that is known again in another shape
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 NONE: Mapping[tuple[str, bytes], str] = MappingProxyType({})
 Layers = Mapping[str, tuple[str, str]]  # name of the value a linear layer gives -> names of weight and bias
 
@@ -31,7 +32,13 @@ class Draft:
     """A graph while it is put in order. constants: by the name of their value, parameters by their own; owners: of
     constants that are a parameter in another form, its name."""
 
-    def __init__(self, model: onnx.ModelProto, prefix: str, alike: Mapping[tuple[str, bytes], str]) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        prefix: str,
+        alike: Mapping[tuple[str, bytes], str],
+        known: Mapping[str, Any],
+    ) -> None:
         self.opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, Any] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -41,10 +48,21 @@ class Draft:
                 self.constants[node.output[0]] = _value(node)
             else:
                 self.nodes.append(node)
+        self._say(known)
         own = {name: name.removeprefix(prefix) for name in self.constants if name.startswith(prefix)}
         several = {name: array for name, array in self.constants.items() if name not in own and array.size > 1}
         forms = {name: alike.get(digest(array), "") for name, array in several.items() if array.nbytes <= MOST_TOLD}
         self.owners: dict[str, str] = own | {name: owner for name, owner in forms.items() if owner}
+
+    def _say(self, known: Mapping[str, Any]) -> None:
+        """Constants as they are known."""
+        for name, array in known.items():
+            mine = self.constants.get(name)
+            if mine is not None and (mine.shape, mine.dtype) == (array.shape, array.dtype):
+                self.constants[name] = array
+        said = {name for node in self.nodes for name in node.output if name in known}
+        self.constants |= {name: known[name] for name in said}
+        self.nodes = [node for node in self.nodes if not said.issuperset(node.output)]
 
     def readers(self) -> Counter[str]:
         """How often each value is read, by nodes and as an output."""
@@ -69,6 +87,7 @@ def tidied(
     store: WeightStore,
     prefix: str = "",
     alike: Mapping[tuple[str, bytes], str] = NONE,
+    known: Mapping[str, Any] = NOTHING,
 ) -> tuple[onnx.ModelProto, tuple[Port, ...]]:
     """The model with its weights in the store, and those of `inputs` that it reads.
 
@@ -76,10 +95,11 @@ def tidied(
         model: as an exporter made it, weights within; its inputs and outputs are those of the ports, in order.
         layers: its linear layers; prefix: of the names of parameters, left out; others are the exporter's.
         alike: names of parameters by digest, which exporters may have put into another shape.
+        known: what constants are, by name; others are computed by numpy, whose functions round otherwise than torch's.
     Raises: UnsupportedError for functions or words of another domain.
     """
     _require_plain(model)
-    draft = Draft(model, prefix, alike)
+    draft = Draft(model, prefix, alike, known)
     layers = {value: (w.removeprefix(prefix), b.removeprefix(prefix)) for value, (w, b) in layers.items()}
     names = dict(zip([i.name for i in model.graph.input], [port.name for port in inputs], strict=True))
     fold(draft)
@@ -212,7 +232,7 @@ def _pure(node: onnx.NodeProto) -> bool:
 
 def digest(array: Any) -> tuple[str, bytes]:
     """Tells contents apart, whatever their shape."""
-    return array.dtype.name, sha256(np.ascontiguousarray(array).view(np.uint8)).digest()
+    return array.dtype.name, sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
 def _value(node: onnx.NodeProto) -> Any:

@@ -1,8 +1,8 @@
 """Graphs of networks of diffusers: their own forward, traced with what is kept as inputs and outputs.
 
 A row is run as the eager denoiser runs it, by the same interceptor of blocks; only the memory that it is handed is
-tensors of a graph (`traced_lanes`), and so are its token ids (`traced_tokens`). What comes out of the exporter is put in
-order by `tidy`.
+tensors of a graph (`traced_lanes`), and so are its token ids (`traced_tokens`). What comes out of the exporter is put
+in order by `tidy`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vivace.export.pack import MadeGraph
 from vivace.export.text import condition_tensors, encode_graph, exported_modules, prompts_of
 from vivace.export.tidy import MOST_TOLD, digest, tidied
 from vivace.export.traced_lanes import Ledger, starts
-from vivace.export.traced_ops import array_of, exported, found_free, layers_of
+from vivace.export.traced_ops import array_of, constants_of, exported, found_free, layers_of
 from vivace.export.traced_row import PREFIX, Row, RowForward
 from vivace.export.vae import decode_graph
 from vivace.export.weights import WeightStore
@@ -66,7 +66,7 @@ def row_graph(row: Row, name: str, free_text: bool, opset: int, store: WeightSto
     """One row's graph. free_text: prompts may have any length where the forward allows it; alike: as of `tidied`."""
     program, model = exported(RowForward(row), row.examples(), row.dynamic(free_text), opset, row.name)
     inputs = [found_free(port, value) for port, value in zip(row.inputs, model.graph.input, strict=True)]
-    made, used = tidied(model, inputs, row.outputs, layers_of(program), store, PREFIX, alike)
+    made, used = tidied(model, inputs, row.outputs, layers_of(program, model), store, PREFIX, alike, constants_of(program))
     return MadeGraph(name, "row", made, used, tuple(row.outputs), row.structure)
 
 

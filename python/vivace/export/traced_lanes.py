@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Ledger:
     """Parts that forwards keep, by model, name and part; filled by forwards that are run beforehand."""
 
     parts: dict[Key, Part] = field(default_factory=dict)
+
+    def tell(self, tokens: int) -> None:
+        """Parts of transformers that hold more than the image tokens hold text."""
+        self.parts = {key: replace(it, text=it.text or it.shape[0] != tokens) for key, it in self.parts.items()}
 
     def of(self, model: str, kept: Kept) -> dict[int, Part]:
         """The parts of a kept thing. Raises UnsupportedError where no row keeps it."""

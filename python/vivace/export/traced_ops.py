@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,16 @@ from vivace.runtime.manifest import Port
 
 
 class Decomposed(TorchFunctionMode):
-    """Inside, `scaled_dot_product_attention` is two products and a softmax, this in float32."""
+    """Inside, words that exporters know only taken apart are said in others; gradients are not switched, which traces
+    note. norms: `scaled_dot_product_attention` is two products and a softmax, this in float32, and RMS norms are
+    products too; else they stay, for opsets that have them."""
+
+    def __init__(self, norms: bool = True) -> None:
+        super().__init__()
+        self._spoken = {**ALWAYS, **(NORMS if norms else {})}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            return attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return self._spoken.get(func, func)(*args, **(kwargs or {}))
 
 
 def attention(
@@ -55,6 +60,28 @@ def attention(
     return torch.softmax(scores.float(), dim=-1).to(value.dtype) @ value
 
 
+def rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """weight x / sqrt(mean x^2 + eps) over the last axes, in float32."""
+    wide = x.float()
+    axes = tuple(range(-len(shape), 0))
+    least = torch.finfo(x.dtype).eps if eps is None else eps
+    made = (wide * torch.rsqrt(wide.pow(2).mean(axes, keepdim=True) + least)).to(x.dtype)
+    return made if weight is None else made * weight
+
+
+ALWAYS: dict[Any, Any] = {
+    torch._C._set_grad_enabled: lambda *_: None,
+    torch.outer: lambda column, row: column[:, None] * row,
+    torch.rsub: lambda x, other: -x + other,
+    Tensor.__rsub__: lambda x, other: -x + other,
+}
+NORMS: dict[Any, Any] = {
+    scaled_dot_product_attention: attention,
+    torch.rms_norm: rms_norm,
+    torch.nn.functional.rms_norm: rms_norm,
+}
+
+
 def put_right(program: ExportedProgram) -> None:
     """Take out of a program what does nothing: checks, casts to the dtype that is there, dropout, squeezes of long axes
     (which torch lets be, and ONNX has no word for)."""
@@ -65,7 +92,21 @@ def put_right(program: ExportedProgram) -> None:
                     if node.args:
                         node.replace_all_uses_with(node.args[0])
                     module.graph.erase_node(node)
+                elif node.op == "call_function":
+                    _plainly(node)
             module.recompile()
+
+
+def _given(node: torch.fx.Node) -> bool:
+    """It is a result of the program, whose signature names it."""
+    return any(user.op == "output" for user in node.users)
+
+
+def _plainly(node: torch.fx.Node) -> None:
+    """Say a cast in the word that exporters know."""
+    if node.target is torch.ops.aten.to.dtype:
+        node.target = torch.ops.aten._to_copy.default
+        node.args, node.kwargs = node.args[:1], {"dtype": node.args[1]}
 
 
 def _idle(node: torch.fx.Node) -> bool:
@@ -75,22 +116,47 @@ def _idle(node: torch.fx.Node) -> bool:
         return True
     if node.target is ops.dropout.default:
         return not node.args[2]
+    if node.target is ops.contiguous.default:
+        return True
     if node.target in (ops.to.dtype, ops.to.dtype_layout):
-        return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)  # type: ignore[union-attr]
+        return not _given(node) and bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)  # type: ignore[union-attr]
     if node.target is ops.squeeze.dim:
-        return bool(node.args[0].meta["val"].shape[node.args[1]] != 1)  # type: ignore[union-attr, index]
+        return bool(node.args[0].meta["val"].shape[node.args[1]] != 1)  # type: ignore[union-attr]
     return False
 
 
-def layers_of(program: ExportedProgram) -> dict[str, tuple[str, str]]:
-    """Name of the value a linear layer gives -> names of its weight and bias in the module that was traced, "": none."""
+def constants_of(program: ExportedProgram) -> dict[str, Any]:
+    """What values of a program are that depend on no input and no parameter, by name, as torch computes them."""
+    env: dict[torch.fx.Node, Any] = {}
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            env[node] = program.constants[lifted[node.name]]
+        elif node.op == "call_function" and _certain(node) and all(each in env for each in node.all_input_nodes):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+    return {node.name: array_of(value) for node, value in env.items() if isinstance(value, Tensor)}
+
+
+def _certain(node: torch.fx.Node) -> bool:
+    """An operator of torch without chance, or an item of what one gives."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in node.target.tags and not node.target._schema.is_mutable
+    return node.target is operator.getitem
+
+
+def layers_of(program: ExportedProgram, model: Any) -> dict[str, tuple[str, str]]:
+    """Name of the value a linear layer gives -> names of its weight and bias in the traced module, "": none.
+    model: the same in ONNX, whose outputs have other names."""
+    outputs = [each.name for each in model.graph.output]
+    spelt = dict(zip(program.graph_signature.user_outputs, outputs, strict=True))
     names = program.graph_signature.inputs_to_parameters
     found = {}
     for node in program.graph_module.graph.nodes:
         if node.target is torch.ops.aten.linear.default:
             bias = node.args[2] if len(node.args) > 2 else None
             weight = names.get(node.args[1].name, "")
-            found[node.name] = (weight, "" if bias is None else names.get(bias.name, ""))
+            found[spelt.get(node.name, node.name)] = (weight, "" if bias is None else names.get(bias.name, ""))
     return found
 
 
@@ -108,7 +174,7 @@ def exported(module: Any, tensors: list[Any], dynamic: list[Any], opset: int, na
         with torch.no_grad(), _quiet():
             traced = torch.export.export(module, (tensors,), dynamic_shapes=(dynamic,), strict=False)
             put_right(traced)
-            made = torch.onnx.export(traced, (tensors,), dynamo=True, opset_version=opset, verbose=False)
+            made = _translated(traced, tensors, opset)
     except UnsupportedError:
         raise
     except Exception as error:
@@ -116,6 +182,21 @@ def exported(module: Any, tensors: list[Any], dynamic: list[Any], opset: int, na
         raise UnsupportedError(f"export: {name} cannot be traced: {reason}") from error
     assert made is not None, "the exporter returns a program"
     return made.exported_program, made.model_proto
+
+
+def _translated(program: ExportedProgram, tensors: list[Any], opset: int) -> Any:
+    """The program in ONNX as it is; where it has words that the exporter does not know, or changes tensors in place,
+    taken apart first, which costs several times as long."""
+    settings: dict[str, Any] = {"dynamo": True, "opset_version": opset, "verbose": False}
+    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
+    if not any(schema is not None and schema.is_mutable for schema in schemas):
+        own = program.run_decompositions
+        program.run_decompositions = lambda *_, **__: program
+        try:
+            return torch.onnx.export(program, (tensors,), **settings)
+        except Exception:
+            program.run_decompositions = own
+    return torch.onnx.export(program, (tensors,), **settings)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,8 +23,8 @@ from vivace.models.caching.inside import both
 from vivace.models.perturbed import perturbed_network
 from vivace.models.pipelines.conditions import Condition, parts
 from vivace.models.pipelines.embedded import UNITS
-from vivace.models.pipelines.families import plain
 from vivace.models.pipelines.network import NetworkDenoiser
+from vivace.models.pipelines.records import plain
 from vivace.runtime.calls import Kept, Structure
 from vivace.runtime.manifest import Port
 
@@ -71,6 +70,8 @@ class Row:
         """Run the forward once to learn what it keeps, and know the ports."""
         lanes = {kept: self._memory(Noted, kept) for kept in self.structure.kept}
         self._run(self._example_inputs(), lanes)
+        if self.structure.kept and not self.denoiser.cached(self.network).wiring.resized:
+            self.ledger.tell(self._tokens)
         self.inputs = [port for port, _ in self._ports_in()]
         self.outputs = [port for port, _ in self._ports_out()]
 
@@ -79,7 +80,7 @@ class Row:
         own, device = self._example_inputs(), self.denoiser.device
         made = []
         for port, dtype in self._ports_in():
-            sizes = [{"rows": ROWS, "active": self._active}.get(str(size), size) for size in port.shape]
+            sizes = [size if isinstance(size, int) else self._sizes[size] for size in port.shape]
             made.append(own[port.name] if port.name in own else torch.ones(sizes, dtype=dtype, device=device))
         return made
 
@@ -149,7 +150,7 @@ class Row:
             assert isinstance(memory, Traced), "made as such"
             planes, scales = self._found(named, kept, "kept"), self._found(named, kept, "kept_scale")
             memories[kept] = memory.fill(planes, scales, named.get(f"weights.{kept.name}"))
-        with nullcontext() if self.opset >= 23 else Decomposed():
+        with Decomposed(self.opset < 23):
             prediction = self._run(named, memories)
         made = {f"next.{kept.name}.{part}.{j}": t for kept, m in memories.items() for (part, j), t in m.made.items()}  # type: ignore[attr-defined]
         for kept, memory in memories.items():
@@ -208,6 +209,11 @@ class Row:
     def _active(self) -> int:
         """Tokens that an example computes: no number that means something else."""
         return max(2, self._tokens // 2 - 1) if self.structure.tokens else 0
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """Of free dimensions in an example."""
+        return {"rows": ROWS, "active": self._active, "length": self._length}
 
     @property
     def _length(self) -> int:

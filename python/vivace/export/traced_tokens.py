@@ -40,6 +40,11 @@ class TracedActive(Active):
         at = self.places(self.text_of(full.shape[1], what), behind)
         return full.expand(at.shape[0], *full.shape[1:])[self.row, at]
 
+    def scatter(self, fresh: Tensor, behind: bool) -> Tensor:
+        """[R, text + N, ...] of fresh [R, text + M, ...], zeros where no token is active."""
+        text = int(fresh.shape[1] - self.count)
+        return self.put(fresh.new_zeros((fresh.shape[0], text + self.tokens, *fresh.shape[2:])), fresh, behind)
+
     def put(self, full: Tensor, fresh: Tensor, behind: bool) -> Tensor:
         """A copy of full [R, text + N, ...] with fresh [R, text + M, ...] in its places."""
         at = self.places(self.text_of(full.shape[1], "what is kept"), behind)
@@ -62,6 +67,7 @@ class TracedKeys(keys.Keys):
     """Keys and values of one attention. active: None in a row with all tokens, which keeps them."""
 
     memory: Any
+    active: TracedActive | None
 
     def _keep(self, key: Tensor, value: Tensor) -> None:
         self.memory.replace(self.part, torch.cat((key, value), dim=2))

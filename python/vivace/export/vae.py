@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from vivace.export.pack import MadeGraph
 from vivace.export.tidy import tidied
-from vivace.export.traced_ops import exported, found_free, layers_of
+from vivace.export.traced_ops import constants_of, exported, found_free, layers_of
 from vivace.export.weights import WeightStore
 from vivace.models.pipelines.capture import Stop, hear
 from vivace.models.pipelines.denoiser import PipelineDenoiser
@@ -83,7 +83,7 @@ def decode_graph(denoiser: Any, opset: int, store: WeightStore) -> MadeGraph | N
     fixed = inputs[0].shape[1:] == latent
     shape = tuple(picture.shape[1:3]) if fixed else ("picture_height", "picture_width")
     outputs = [Port("picture", "uint8", ("rows", *shape, 3), "picture")]
-    made, used = tidied(model, inputs, outputs, layers_of(program), store, PREFIX)
+    made, used = tidied(model, inputs, outputs, layers_of(program, model), store, PREFIX, known=constants_of(program))
     return MadeGraph("decode", "decode", made, used, tuple(outputs))
 
 

@@ -139,7 +139,8 @@ def _decode(message: str, data: memoryview, depth: int) -> dict[str, Any]:
     """Fields of a message by name; what is "text" as str, messages as dicts."""
     if depth > MAX_DEPTH:
         raise PackError("it is nested too deep")
-    schema, out, seen, at = SCHEMA[message], {}, set(), 0
+    out: dict[str, Any] = {}
+    schema, seen, at = SCHEMA[message], set[int](), 0
     while at < len(data):
         key, at = _varint(data, at)
         number, wire = key >> 3, key & 7

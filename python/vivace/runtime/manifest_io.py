@@ -209,8 +209,8 @@ def _reader(kind: Any) -> Reader:
 @cache
 def _record(cls: type) -> Reader:
     hints = get_type_hints(cls)
-    needed = [e.name for e in fields(cls) if e.default is MISSING and e.default_factory is MISSING]  # type: ignore[arg-type]
-    readers = {name: _reader(hints[name]) for name in (each.name for each in fields(cls))}  # type: ignore[arg-type]
+    needed = [e.name for e in fields(cls) if e.default is MISSING and e.default_factory is MISSING]
+    readers = {name: _reader(hints[name]) for name in (each.name for each in fields(cls))}
 
     def read(value: Any, where: str) -> Any:
         data = _object(value, where)

@@ -27,15 +27,15 @@ Array: TypeAlias = NDArray[Any]
 class Verified:
     """Errors are max|a - b| / max|b|, infinite where one is not finite.
 
-    rows: of slot x behind every row. apart: each row starts from what the goldens say that the one before it left, and
-    computes the tokens that they name, so that rounding to narrow numbers does not add up. noise: draw 0 has the same
-    bits. levels: most that a byte of the pictures differs, decoded from the golden latents, of `levels_allowed`; None
-    where the pack does not decode. encoding: of the tensors that its encoders make of the prompt, None where it has
-    none or tokenizers are not installed.
+    rows: of slot x behind every row, tolerances: what each may be. apart: each row starts from what the goldens say
+    that the one before it left, and computes the tokens that they name, so that rounding to narrow numbers does not add
+    up. noise: draw 0 has the same bits. levels: most that a byte of the pictures differs, decoded from the golden
+    latents, of `levels_allowed`; None where the pack does not decode. encoding: of the tensors that its encoders make
+    of the prompt, None where it has none or tokenizers are not installed.
     """
 
     backend: str
-    tolerance: float
+    tolerances: tuple[float, ...]
     rows: tuple[float, ...]
     noise: bool
     levels: int | None
@@ -46,7 +46,13 @@ class Verified:
     @property
     def first(self) -> int | None:
         """The first row that deviates; None: none does."""
-        return next((row for row, error in enumerate(self.rows) if not error <= self.tolerance), None)
+        pairs = enumerate(zip(self.rows, self.tolerances, strict=True))
+        return next((row for row, (error, allowed) in pairs if not error <= allowed), None)
+
+    @property
+    def tolerance(self) -> float:
+        """The largest tolerance of any row."""
+        return max(self.tolerances, default=0.0)
 
     @property
     def error(self) -> float:
@@ -63,13 +69,14 @@ class Verified:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; an infinite error is None."""
         data = asdict(self) | {"rows": [_finite(error) for error in self.rows], "max_error": _finite(self.error)}
+        data["tolerance"] = self.tolerance
         data["encoding"] = None if self.encoding is None else _finite(self.encoding)
         return data | {"first_deviating_row": self.first, "holds": self.holds}
 
     def __str__(self) -> str:
         lines = [f"row {row:3d}  error {error:.2e}" for row, error in enumerate(self.rows)]
         if self.first is not None:
-            lines[self.first] += f"  the first beyond the tolerance {self.tolerance:.1e}"
+            lines[self.first] += f"  the first beyond its tolerance {self.tolerances[self.first]:.1e}"
         if self.apart:
             lines.append("each row starts where the goldens say that the one before it ended")
         if not self.noise:
@@ -111,7 +118,7 @@ def verify_pack(
         mask=given.pop("mask", None),
         inputs=given,
     )
-    apart = narrow(pack)
+    apart = "tolerances" in goldens  # something is kept or computed in numbers narrower than float32
     if apart:
         _check(pack, run, goldens)
     errors = _errors(run, goldens, apart)
@@ -119,13 +126,18 @@ def verify_pack(
     allowed = max(1, math.ceil(255 * pack.manifest.tolerance))
     noise = _same_noise(made, request, goldens["noise"])
     encoding = _encoding(made, request["prompt"], conditions)
-    return Verified(made.backend.name, pack.manifest.tolerance, errors, noise, levels, allowed, encoding, apart)
+    tolerances = _tolerances(pack, goldens, len(errors))
+    return Verified(made.backend.name, tolerances, errors, noise, levels, allowed, encoding, apart)
 
 
-def narrow(pack: Pack) -> bool:
-    """The network of a pack computes in narrower numbers than float32."""
-    said = pack.manifest.precision
-    return said.get("network", "float32") != "float32" or bool(said.get("int8")) or bool(said.get("scheme"))
+def _tolerances(pack: Pack, goldens: Mapping[str, Array], rows: int) -> tuple[float, ...]:
+    """Of every row: as the goldens say, never more than the manifest."""
+    most, said = pack.manifest.tolerance, goldens.get("tolerances", np.full(rows, np.inf))
+    if said.shape != (rows,) or not (said > 0.0).all():
+        raise PackError(
+            f"{pack.path}: {GOLDENS}: tolerances of shape {said.shape} are not of {rows} rows; export again"
+        )
+    return tuple(min(most, float(each)) for each in said)
 
 
 def _check(pack: Pack, run: Run, goldens: Mapping[str, Array]) -> None:
