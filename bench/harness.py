@@ -37,6 +37,7 @@ COLUMNS = (
     "evaluations", "nfe", "tokens", "error", "psnr", "psnr_uncached", "drift", "meets",
     "fewer_steps", "fewer_psnr", "fewer_best_psnr", "gain_db",
     "order", "measured",
+    "mb", "weights_mb", "ratio", "free", "ties", "codes", "built", "layers",
     "agree", "refused", "deviate", "model", "pictures", "spread", "difficulty", "top1", "frechet",
     "changed", "compiles", "reason",
 )  # fmt: skip

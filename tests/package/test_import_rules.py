@@ -87,7 +87,8 @@ RULES: list[tuple[str, tuple[str, ...], set[str]]] = [
     (
         "export",
         ("export", "runtime", "models", "engine", "kernels", "metrics"),
-        {"numpy", "torch", "safetensors", "PIL", "onnx", "onnxruntime", "ml_dtypes", "tokenizers", "tensorrt", "tensorrt_rtx"},
+        {"numpy", "torch", "safetensors", "PIL", "onnx", "onnxruntime", "ml_dtypes", "tokenizers"}
+        | {"tensorrt", "tensorrt_rtx"},
     ),
     ("bench.peers", ("",), {"numpy", "torch", "diffusers", "cache_dit", "onnx", "onnxruntime", "openvino"}),
     (

@@ -131,7 +131,7 @@ def encode_graph(denoiser: NetworkDenoiser, opset: int, store: WeightStore) -> M
     for name, value in zip(sorted(texts.places), encoder(example), strict=True):
         dtype = str(value.dtype).removeprefix("torch.")
         outputs.append(Port(name, dtype, tuple(value.shape), "condition", name))
-    made, used = tidied(model, ports, outputs, layers_of(program, model), store, known=constants_of(program))
+    made, used = tidied(model, ports, outputs, layers_of(program), store, known=constants_of(program))
     return MadeGraph("encode", "encode", made, used, tuple(outputs))
 
 

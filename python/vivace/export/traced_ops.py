@@ -145,18 +145,17 @@ def _certain(node: torch.fx.Node) -> bool:
     return node.target is operator.getitem
 
 
-def layers_of(program: ExportedProgram, model: Any) -> dict[str, tuple[str, str]]:
-    """Name of the value a linear layer gives -> names of its weight and bias in the traced module, "": none.
-    model: the same in ONNX, whose outputs have other names."""
-    outputs = [each.name for each in model.graph.output]
-    spelt = dict(zip(program.graph_signature.user_outputs, outputs, strict=True))
+def layers_of(program: ExportedProgram) -> dict[str, tuple[str, str]]:
+    """Name of the value a linear layer gives -> names of its weight and bias in the traced module, "": none."""
     names = program.graph_signature.inputs_to_parameters
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for node in program.graph_module.graph.nodes:
         if node.target is torch.ops.aten.linear.default:
             bias = node.args[2] if len(node.args) > 2 else None
             weight = names.get(node.args[1].name, "")
-            found[spelt.get(node.name, node.name)] = (weight, "" if bias is None else names.get(bias.name, ""))
+            found[node.name] = (weight, "" if bias is None else names.get(bias.name, ""))
+        elif node.target is torch.ops.aten._to_copy.default and node.args[0].name in found:  # of the same dtype it goes
+            found[node.name] = found[node.args[0].name]
     return found
 
 

@@ -83,7 +83,7 @@ def decode_graph(denoiser: Any, opset: int, store: WeightStore) -> MadeGraph | N
     fixed = inputs[0].shape[1:] == latent
     shape = tuple(picture.shape[1:3]) if fixed else ("picture_height", "picture_width")
     outputs = [Port("picture", "uint8", ("rows", *shape, 3), "picture")]
-    made, used = tidied(model, inputs, outputs, layers_of(program, model), store, PREFIX, known=constants_of(program))
+    made, used = tidied(model, inputs, outputs, layers_of(program), store, PREFIX, known=constants_of(program))
     return MadeGraph("decode", "decode", made, used, tuple(outputs))
 
 
