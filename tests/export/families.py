@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vivace
-from tests.models.pipelines.tiny import FAMILIES, make
+from tests.models.pipelines.tiny import FAMILIES, _unet, make, randomise
 from vivace import passes
 from vivace.engine.planners.fixed import Fora, TaylorSeer
 from vivace.engine.planners.unet import DeepCache
@@ -27,6 +27,8 @@ def load(name, dtype=torch.float32):
     if name != "sd15":
         net = pipe.transformer
         net.transformer_blocks = nn.ModuleList(list(net.transformer_blocks)[:: -1 if name == "flux" else 2][:2])
+    else:
+        pipe.unet = randomise(_unet(layers_per_block=1)).to(dtype)
     if name == "flux":
         net.transformer_blocks = net.transformer_blocks[:1]
         net.single_transformer_blocks = net.single_transformer_blocks[:1]

@@ -104,11 +104,11 @@ def tidied(
     names = dict(zip([i.name for i in model.graph.input], [port.name for port in inputs], strict=True))
     fold(draft)
     linears(draft, layers)
+    _apart(draft, names)
     draft.prune()
     read = draft.readers()
     used = tuple(port for value, port in zip(names, inputs, strict=True) if read[value])
     gives = dict(zip(draft.outputs, [port.name for port in outputs], strict=True))
-    _apart(draft, names, gives)
     nodes, constants = named(draft.nodes, draft.constants, draft.owners, layers, names | gives)
     graph = helper.make_graph(
         nodes,
@@ -199,12 +199,13 @@ def _product(draft: Draft, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     ]
 
 
-def _apart(draft: Draft, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """Outputs that are an input, a constant or one of two, by a node of their own."""
+def _apart(draft: Draft, inputs: Mapping[str, str]) -> None:
+    """Outputs that are an input, a constant or one of two by a node of their own."""
     seen: set[str] = set()
     for place, name in enumerate(draft.outputs):
         if name in inputs or name in draft.constants or name in seen:
-            raise UnsupportedError(f"export: output {outputs[name]!r} of a traced graph is no value of its own")
+            draft.outputs[place] = f"{name}.given.{place}"
+            draft.nodes.append(helper.make_node("Identity", [name], [draft.outputs[place]]))
         seen.add(draft.outputs[place])
 
 

@@ -66,9 +66,7 @@ def row_graph(row: Row, name: str, free_text: bool, opset: int, store: WeightSto
     """One row's graph. free_text: prompts may have any length where the forward allows it; alike: as of `tidied`."""
     program, model = exported(RowForward(row), row.examples(), row.dynamic(free_text), opset, row.name)
     inputs = [found_free(port, value) for port, value in zip(row.inputs, model.graph.input, strict=True)]
-    made, used = tidied(
-        model, inputs, row.outputs, layers_of(program), store, PREFIX, alike, constants_of(program)
-    )
+    made, used = tidied(model, inputs, row.outputs, layers_of(program), store, PREFIX, alike, constants_of(program))
     return MadeGraph(name, "row", made, used, tuple(row.outputs), row.structure)
 
 
