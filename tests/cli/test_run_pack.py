@@ -71,9 +71,11 @@ def test_run_says_what_it_drew(capsys, made, tmp_path):
         assert picture.size == (16, 16)
 
 
-def test_run_writes_latents_where_asked(capsys, made, tmp_path):
-    code, _, _ = call(capsys, "run", made, "3", "--n", 2, "--out", tmp_path / "x.npy", "--threads", 1)
-    assert code == 0 and np.load(tmp_path / "x.npy").shape == (2, 3, 8, 8)
+@pytest.mark.parametrize("name", ["x.npy", "X.NPY"])
+def test_run_writes_latents_where_asked(capsys, made, tmp_path, name):
+    code, _, _ = call(capsys, "run", made, "3", "--n", 2, "--out", tmp_path / name, "--threads", 1)
+    assert code == 0 and np.load(tmp_path / name).shape == (2, 3, 8, 8)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_verify_says_row_by_row_that_a_pack_holds(capsys, made):

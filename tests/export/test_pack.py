@@ -50,6 +50,13 @@ def test_the_same_parts_give_the_same_bytes_in_whatever_order_weights_came(tmp_p
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_packs_of_one_plan_and_other_files_are_told_apart(tmp_path):
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        write_tiny(tmp_path / name, extra={"seed": bytes([seed])})
+    one, same, other = (open_pack(tmp_path / name) for name in ("one", "same", "other"))
+    assert one.digest == same.digest != other.digest and one.plan == other.plan
+
+
 def test_graphs_in_memory_stay_as_they_are(tmp_path):
     with WeightStore() as store:
         store.tensor("before", np.zeros(999))
@@ -87,6 +94,14 @@ def test_a_pack_is_replaced_when_asked(tmp_path):
     write_tiny(tmp_path / "pack", plan=tiny_plan(6), overwrite=True)
     assert open_pack(tmp_path / "pack").plan == tiny_plan(6)
     assert not (tmp_path / "pack/old.txt").exists() and list(tmp_path.iterdir()) == [tmp_path / "pack"]
+
+
+def test_behind_a_link_the_pack_that_it_points_to_is_replaced(tmp_path):
+    write_tiny(tmp_path / "pack")
+    (tmp_path / "link").symlink_to(tmp_path / "pack")
+    write_tiny(tmp_path / "link", plan=tiny_plan(6), overwrite=True)
+    assert open_pack(tmp_path / "pack").plan == tiny_plan(6) and (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"pack", "link"}
 
 
 def test_a_missing_parent_is_refused_before_any_work(tmp_path):

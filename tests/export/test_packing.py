@@ -95,6 +95,12 @@ def test_what_no_pack_holds_is_refused_with_the_row_and_nothing_is_left(pipe, tm
     assert not any(tmp_path.iterdir())
 
 
+def test_a_source_of_steps_is_refused_for_the_plan_that_a_run_records(pipe, tmp_path):
+    with pytest.raises(UnsupportedError, match=r"not AdaptiveODE; .* record a run: result.plans"):
+        export_onnx(pipe, vivace.sources.AdaptiveODE(pipe.spec.schedule, pipe.spec.prediction), tmp_path / "pack")
+    assert not any(tmp_path.iterdir())
+
+
 def test_scales_by_token_are_refused_with_the_recipe_to_take(tmp_path):
     from vivace.models.quantized.plain import round_layers
 
@@ -103,6 +109,12 @@ def test_scales_by_token_are_refused_with_the_recipe_to_take(tmp_path):
     with pytest.raises(UnsupportedError, match="--recipe ptq4dm"):
         export_onnx(pipe, plan_of(pipe, 2), tmp_path / "pack")
     assert not any(tmp_path.iterdir())
+
+
+def test_rows_in_narrower_floats_run_and_verify_in_the_dtype_of_the_network(pipe, tmp_path):
+    plan = vivace.passes.apply_precision(plan_of(pipe, 3), "bf16", first=1)
+    found = verify_pack(export_onnx(pipe, plan, tmp_path / "pack"), threads=1)
+    assert found.holds and found.tolerance == 1e-4
 
 
 @pytest.fixture(scope="module")

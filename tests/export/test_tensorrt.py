@@ -29,7 +29,7 @@ from vivace.export.tensorrt_form import tensorrt_form
 from vivace.export.tensorrt_rules import check_graph
 from vivace.models.pipe import Pipe
 from vivace.runtime.manifest import Graph, Port
-from vivace.runtime.tensorrt import TensorRt
+from vivace.runtime.tensorrt import TensorRt, engines_of
 
 TARGET = "SM89"
 
@@ -78,6 +78,7 @@ def test_the_folder_has_signed_activations_and_the_weights_of_the_pack_once(pack
     assert set(zeros.values()) == {onnx.TensorProto.INT8}
     assert os.path.samefile(written.folder / "weights.bin", pack.path / "weights.bin")
     job = json.loads((written.folder / "build.json").read_text())
+    assert job["pack"] == pack.digest
     assert set(job["graphs"]) == {graph.name for graph in pack.manifest.graphs}
 
 
@@ -100,6 +101,11 @@ def test_folders_are_replaced_only_where_this_wrote_them(pack, tmp_path):
         export_tensorrt(pack, tmp_path / "out", build=False)
     export_tensorrt(pack, tmp_path / "out", build=False, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_engines_lie_beside_a_pack_however_it_is_named(pack, monkeypatch):
+    monkeypatch.chdir(pack.path)
+    assert export_tensorrt(".", build=False).folder == engines_of(pack) == pack.path.with_name("pack.engines")
 
 
 def test_an_interpreter_without_tensorrt_says_so(pack, tmp_path):
@@ -325,7 +331,7 @@ def opened(tmp_path):
     """A runner of an engine beside a pack, and its device."""
     ports = [Port(name, "float32", ("rows", WIDTH), source) for name, source in (("x", "latent"), ("y", "prediction"))]
     graph = Graph("row0", "row0.onnx", "row", (ports[0],), (ports[1],))
-    pack = SimpleNamespace(path=tmp_path / "pack", manifest=SimpleNamespace(plan="p" * 64))
+    pack = SimpleNamespace(path=tmp_path / "pack", digest="p" * 64)
     folder = tmp_path / "pack.engines"
     folder.mkdir()
     (folder / "build.json").write_text(json.dumps({"pack": "p" * 64, "strip": False}))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vivace.errors import PackError
 from vivace.runtime.kept import KeptPlanes, Place, Rows
 
 PLACE = Place("main", "kept", "attn.0", 0, 0)
@@ -53,5 +54,5 @@ def test_values_that_the_runtime_allocated_are_taken_over():
 
 
 def test_reading_what_nobody_kept_is_our_bug():
-    with pytest.raises(RuntimeError, match="no row kept it"):
+    with pytest.raises(PackError, match="no row before kept it"):
         KeptPlanes(("cond",), 1).read(PLACE, Rows((0,), (0,)))

@@ -108,6 +108,8 @@ def test_texts_need_encoders_and_their_tokenizers(tokenizer):
         prompts_of(tokenizer, (), BRANCHES)("red heart")
     with pytest.raises(PackError, match="describes no tokenizer 't5'"):
         prompts_of(tokenizer, (encoder("t5"),), BRANCHES)("red heart")
+    with pytest.raises(PromptError, match="is no Unicode text"):
+        prompts_of(tokenizer, (encoder(),), BRANCHES)("red \udcff")
     with pytest.raises(PromptError, match="int; this pack takes text"):
         prompts_of(tokenizer, (encoder(),), BRANCHES)(3)
 

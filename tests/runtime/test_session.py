@@ -161,6 +161,13 @@ def test_a_request_may_override_the_scale_and_the_noise(pipe, plain):
     assert np.abs(ours.latents - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
+def test_inputs_by_name_do_what_the_arguments_of_that_name_do(plain):
+    wanted = plain(1, guidance_scale=5.0).latents
+    assert np.array_equal(plain(1, inputs={"guidance_scale": 5.0}).latents, wanted)
+    assert np.array_equal(plain(1, guidance_scale=np.float32(5.0)).latents, wanted)
+    assert not np.array_equal(plain(1).latents, wanted)
+
+
 def test_pictures_of_a_batch_are_those_made_alone(plain):
     together = plain(1, n=3, index=2, seed=8).latents
     for j in range(3):

@@ -44,7 +44,7 @@ def run_prompts(
     target = Path("vivace.png") if out is None else out
     pictures.check_writable(target)
     session = open_pack(pack, check=check).session(backend=backend, threads=threads)
-    raw = target.suffix == ".npy"
+    raw = target.suffix.lower() == ".npy"
     if session.graphs.decode is None and not raw:
         raise ArgumentError(f"{pack}: this pack decodes no pictures; --out latents.npy writes latents")
     for prompt in prompts:

@@ -30,7 +30,7 @@ from vivace.runtime.pack import is_pack, open_pack
 @dataclass(frozen=True, slots=True)
 class MadeGraph:
     """A graph in memory. name: of lower-case letters, digits, ".", "-" and "_", its file is `name`.onnx; role: one of
-    `manifest.ROLES`; model: its weights from a `WeightStore`; structure: of role "row" what it computes."""
+    `manifest.SOURCES`; model: its weights from a `WeightStore`; structure: of role "row" what it computes."""
 
     name: str
     role: str
@@ -58,7 +58,8 @@ def check_out(out: str | os.PathLike[str], overwrite: bool) -> None:
     if not out.parent.is_dir():
         raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
     if os.path.lexists(out) and not (overwrite and is_pack(out)):
-        reason = "it holds no pack, so it is not overwritten" if overwrite else "use overwrite=True where it is a pack"
+        ask = "use --overwrite, or overwrite=True, where it is a pack"
+        reason = "it holds no pack, so it is not overwritten" if overwrite else ask
         raise OutputError(f"{out}: exists already ({reason}); name another folder")
 
 
@@ -109,9 +110,10 @@ def write_pack(
 def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder beside `out` to write into, renamed to it when that went well, else taken away.
 
-    A folder that is there already is replaced. Raises OutputError in place of OSError.
+    A folder that is there already is replaced, behind a link the one that it points to. Raises OutputError in place of
+    OSError.
     """
-    out = Path(out)
+    out = Path(os.path.realpath(out))
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent))

@@ -77,6 +77,10 @@ def export_onnx(
     for name, value, known in (("dtype", dtype, DTYPES), ("opset", opset, OPSETS), ("target", target, TARGETS)):
         if value not in known:
             raise ArgumentError(f"export: {name} is {value!r}; use {' or '.join(map(str, known))}")
+    if not isinstance(plan, Plan | None):
+        raise UnsupportedError(
+            f"export: a pack holds a plan, not {type(plan).__name__}; of a source of steps record a run: result.plans"
+        )
     check_out(out, overwrite)
     tell = progress or (lambda what, done, total: None)
     tell("compile", 0, 3)
@@ -155,7 +159,8 @@ class _Work:
     def goldens(self, pipe: Any, prompt: Any) -> tuple[Goldens, float]:
         """What the pack is held to, and how closely: in float32 by a number; in narrower numbers twice the largest
         distance of a row from the same row in float32: what rounds the other way once is as far as that."""
-        goldens = run_goldens(self.session, self.plan, prompt, self._conditions)
+        plan = _of_the_model(self.plan, stores=True) if self.description is None else self.plan
+        goldens = run_goldens(self.session, plan, prompt, self._conditions)
         if self.dtype == "float32" and self.description is None and not _stores_narrow(self.plan):
             return goldens, TOLERANCE
         plain = _Work.of(pipe, _of_the_model(self.plan), "float32")
@@ -186,11 +191,11 @@ def _stores_narrow(plan: Plan) -> bool:
     return any(rule.store not in (None, "fp32") for variant in plan.variants for rule in variant.rules)
 
 
-def _of_the_model(plan: Plan) -> Plan:
-    """The plan with every row in the model's own precision, and what is kept as it is."""
+def _of_the_model(plan: Plan, *, stores: bool = False) -> Plan:
+    """The plan with every row in the model's own precision, and what is kept as it is; stores: as the plan says."""
 
     def plain(variant: Variant) -> Variant:
-        rules = (replace(rule, store=None) for rule in variant.rules if rule.precision is None)
+        rules = (rule if stores else replace(rule, store=None) for rule in variant.rules if rule.precision is None)
         return replace(variant, rules=tuple(rules))
 
     steps = []

@@ -30,7 +30,7 @@ from vivace.export.tensorrt_rules import Finding, check_graph
 from vivace.export.weights import NAMES, dtype_of, place_of
 from vivace.runtime.manifest import WEIGHTS, Graph
 from vivace.runtime.pack import Pack, open_pack
-from vivace.runtime.tensorrt import SUFFIX, TensorRt
+from vivace.runtime.tensorrt import TensorRt, engines_of
 from vivace.runtime.verify import verify_pack
 
 CHECKED = (
@@ -103,7 +103,7 @@ def export_tensorrt(
     Raises: PackError, ArgumentError, OutputError; BackendError when `python` was given and cannot build.
     """
     opened = pack if isinstance(pack, Pack) else open_pack(pack)
-    folder = Path(out) if out is not None else opened.path.with_name(opened.path.name + SUFFIX)
+    folder = Path(out) if out is not None else engines_of(opened)
     _check_out(folder, overwrite)
     profiles = profiles_of(
         opened.manifest.model, _actives(opened), sizes=sizes, rows=rows, length=length, ranges=ranges
@@ -113,7 +113,7 @@ def export_tensorrt(
     broken = {finding.graph for finding in findings if finding.error}
     sound = {graph: model for graph, model in models.items() if graph.name not in broken}
     job = {
-        "pack": opened.manifest.plan,
+        "pack": opened.digest,
         "target": target,
         "strip": strip,
         "timing_cache": timing_cache,

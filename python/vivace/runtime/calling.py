@@ -186,7 +186,8 @@ class Caller:
             raise ShapeError(f"prompt: {port.key!r} has shapes {shapes}; make them alike, filled to the longest")
 
     def _condition(self, branch: str, port: Port) -> Array:
-        found = self.fed.conditions.get(branch, {}).get(port.key)
+        prompt = "cond" if branch == "perturbed" else branch  # the same prompt, other attention
+        found = self.fed.conditions.get(prompt, {}).get(port.key)
         if found is None:
             raise ArgumentError(f"prompt: tensor {port.key!r} of branch {branch!r} is needed; give it")
         return stored(found, port.dtype)
@@ -228,7 +229,7 @@ class Caller:
             return np.repeat(times, len(branches))
         if port.source == "condition":
             return _tiled(np.stack([self._condition(branch, port) for branch in branches]), len(rows))
-        if port.source == "number":
+        if port.source == "number" and port.key in self.fed.numbers:
             return np.full(len(rows) * len(branches), self.fed.numbers[port.key], storage(port.dtype))
         return self._table(port)
 

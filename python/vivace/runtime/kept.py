@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vivace.errors import PackError
+
 Array: TypeAlias = NDArray[Any]
 
 
@@ -76,9 +78,9 @@ class KeptPlanes:
         self._spare: dict[Place, Array] = {}
 
     def read(self, place: Place, rows: Rows) -> Array:
-        """Rows of a plane, as it is now. Raises RuntimeError, our bug, where nothing was kept."""
+        """Rows of a plane, as it is now. Raises PackError where nothing was kept."""
         if place not in self._planes:
-            raise RuntimeError(f"pack: {place} is read, no row kept it")
+            raise PackError(f"a graph reads {place}, and no row before kept it; export the pack again")
         return rows.of(self._planes[place])
 
     def room(self, place: Place, rows: Rows, shape: tuple[int, ...], dtype: np.dtype[Any], read: bool) -> Array:

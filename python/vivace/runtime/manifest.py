@@ -29,11 +29,21 @@ DTYPES: dict[str, tuple[int, int]] = {
     "int64": (7, 8),
     "bool": (9, 1),
 }
-ROLES = ("row", "prepare", "positions", "step", "encode", "decode")
-SOURCES = (
-    *("latent", "timestep", "prediction", "condition", "number", "prepared", "size", "tokens", "kept", "kept_scale"),
-    *("weights", "hidden", "signal", "slots", "coefficients", "fields", "outs", "text", "text_mask", "picture"),
-)
+# What ports of a graph may be, by its role: sources of inputs, then of outputs, the one it must have first.
+SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "row": (
+        (
+            *("latent", "timestep", "condition", "number", "prepared", "size"),
+            *("tokens", "kept", "kept_scale", "weights", "hidden"),
+        ),
+        ("prediction", "signal", "hidden", "kept", "kept_scale"),
+    ),
+    "prepare": (("timestep", "condition", "number", "size"), ("prepared",)),
+    "positions": (("size",), ("prepared",)),
+    "step": (("slots", "coefficients", "fields"), ("outs",)),
+    "encode": (("text", "text_mask"), ("condition",)),
+    "decode": (("latent",), ("picture",)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """An ONNX file of the pack. role: one of `ROLES`; structure: of role "row" what it computes."""
+    """An ONNX file of the pack. role: one in `SOURCES`; structure: of role "row" what it computes."""
 
     name: str
     file: str

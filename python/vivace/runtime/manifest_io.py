@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vivace.engine.plan_codec import parse
 from vivace.errors import PackError, PlanFileError
-from vivace.runtime.manifest import DTYPES, FORMAT, ROLES, SOURCES, VERSION, Graph, Manifest, Port
+from vivace.runtime.manifest import DTYPES, FORMAT, SOURCES, VERSION, Graph, Manifest, Port
 
 MAX_BYTES = 32 << 20
 MAX_INT = 1 << 53
@@ -138,6 +138,11 @@ def _check(manifest: Manifest) -> None:
     _once((graph.name for graph in manifest.graphs), "manifest.graphs")
     for graph in manifest.graphs:
         _check_graph(graph, {info.name for info in manifest.files})
+    made = {port.key for graph in manifest.graphs for port in graph.outputs if port.source == "prepared"}
+    for graph in manifest.graphs:
+        for port in graph.inputs:
+            if port.source == "prepared" and port.key not in made:
+                raise PackError(f"manifest.graphs: {graph.name!r:.100}: no graph prepares {port.key!r:.60}")
 
 
 def _check_parts(manifest: Manifest) -> None:
@@ -163,23 +168,38 @@ def _check_parts(manifest: Manifest) -> None:
 
 def _check_graph(graph: Graph, names: set[str]) -> None:
     where = f"manifest.graphs: {graph.name!r:.100}"
-    if graph.role not in ROLES:
-        raise PackError(f"{where} has role {graph.role!r:.40}; use one of {', '.join(ROLES)}")
+    if graph.role not in SOURCES:
+        raise PackError(f"{where} has role {graph.role!r:.40}; use one of {', '.join(SOURCES)}")
     if graph.file != f"{graph.name}.onnx" or graph.file not in names:
         raise PackError(f"{where} is said to be in {graph.file!r:.140}; it must be {graph.name}.onnx, one of the files")
     if (graph.role == "row") != (graph.structure is not None):
         raise PackError(f"{where}: graphs of role row have a structure, others have none")
-    for side in (graph.inputs, graph.outputs):
+    for side, sources in zip((graph.inputs, graph.outputs), SOURCES[graph.role], strict=True):
         _once((port.name for port in side), where)
         for port in side:
-            _check_port(port, where)
+            _check_port(port, sources, where)
+            _check_key(port, graph, where)
+    needed = "signal" if graph.structure is not None and graph.structure.look else SOURCES[graph.role][1][0]
+    if all(port.source != needed for port in graph.outputs):
+        raise PackError(f"{where} has no output {needed!r}")
 
 
-def _check_port(port: Port, where: str) -> None:
+def _check_key(port: Port, graph: Graph, where: str) -> None:
+    """What a row keeps, weighs or goes on from is what its structure says."""
+    if graph.structure is None:
+        return
+    kept = port.source in ("kept", "kept_scale", "weights")
+    if kept and port.key not in {each.name for each in graph.structure.kept}:
+        raise PackError(f"{where}, {port.name!r:.100}: its structure keeps nothing named {port.key!r:.60}")
+    if port.source == "hidden" and port in graph.inputs and not graph.structure.begin:
+        raise PackError(f"{where}, {port.name!r:.100}: its structure goes on from no look")
+
+
+def _check_port(port: Port, sources: tuple[str, ...], where: str) -> None:
     if port.dtype not in DTYPES:
         raise PackError(f"{where}, {port.name!r:.100}: dtype {port.dtype!r:.40}; use one of {', '.join(DTYPES)}")
-    if port.source not in SOURCES:
-        raise PackError(f"{where}, {port.name!r:.100}: source {port.source!r:.40}; use one of {', '.join(SOURCES)}")
+    if port.source not in sources:
+        raise PackError(f"{where}, {port.name!r:.100}: source {port.source!r:.40}; use one of {', '.join(sources)}")
     if any(size == "" if isinstance(size, str) else size < 0 for size in port.shape):
         raise PackError(f"{where}, {port.name!r:.100}: shape {port.shape!r:.100} has a size below 0 or without a name")
 

@@ -44,6 +44,11 @@ class Pack:
     stored: Mapping[str, tuple[Stored, ...]]
     weights: Any = field(repr=False)
 
+    @property
+    def digest(self) -> str:
+        """What tells packs apart: the hash of the files as the manifest lists them."""
+        return sha256("".join(f"{info.name} {info.sha256}\n" for info in self.manifest.files).encode()).hexdigest()
+
     def file(self, graph: Graph) -> Path:
         """Where a graph lies."""
         return self.path / graph.file

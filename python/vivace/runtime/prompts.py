@@ -92,6 +92,8 @@ class _Texts:
             return given(prompt, self.branches)
         if not isinstance(prompt, str):
             raise PromptError(f"prompt: {type(prompt).__name__}; this pack takes text, or tensors by branch and key")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise PromptError(f"prompt: {prompt!r:.60} is no Unicode text; write it in UTF-8")
         if not self.encoders:
             raise PromptError("prompt: this pack has no text encoders; give tensors, {branch: {key: array}}")
         negative = str(self.pack.manifest.prompts.get("negative", ""))

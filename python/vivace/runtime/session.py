@@ -116,8 +116,9 @@ class PackSession:
     ) -> Run:
         """The same request at its first row, for callers who step it themselves; one thread at a time."""
         check_request(n, index, seed)
-        offered = {**(inputs or {}), "start": image, "mask": mask, "guidance_scale": guidance_scale}
-        offered = {name: value for name, value in offered.items() if value is not None}
+        scale = None if guidance_scale is None else float(guidance_scale)
+        named = {"start": image, "mask": mask, "guidance_scale": scale}
+        offered = {**(inputs or {}), **{name: value for name, value in named.items() if value is not None}}
         values, tensors, warnings = self._inputs(offered, n)
         if latents is not None:
             tensors["noise"] = self._tensor("latents", latents, n)
@@ -264,9 +265,10 @@ def backend_of(name: str, threads: int | None = None) -> Backend:
 
 
 def write_latents(results: Sequence[PackResult], path: str | os.PathLike[str]) -> None:
-    """The latents of results, one after the other, as a `.npy` file. Raises OutputError."""
+    """The latents of results, one after the other, as a `.npy` file of exactly that name. Raises OutputError."""
     try:
-        np.save(path, np.concatenate([result.latents for result in results]))
+        with open(path, "wb") as file:
+            np.save(file, np.concatenate([result.latents for result in results]))
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from ctypes import byref, c_void_p
 from pathlib import Path
@@ -26,11 +27,17 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
-SUFFIX = ".engines"  # of the folder beside the pack
+SUFFIX = ".engines"
 JOB = "build.json"
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 TO_DEVICE, TO_HOST = 1, 2
+
+
+def engines_of(pack: Pack) -> Path:
+    """Where the engines of a pack lie unless it is said: in a folder beside it."""
+    path = Path(os.path.abspath(pack.path))
+    return path.with_name(path.name + SUFFIX)
 
 
 class TensorRt:
@@ -48,14 +55,14 @@ class TensorRt:
 
     def open(self, pack: Pack, graph: Graph) -> EngineRunner:
         """The engine of a graph. Raises BackendError: it was not built, or not for this GPU and version."""
-        folder = self.engines or pack.path.with_name(pack.path.name + SUFFIX)
+        folder = self.engines or engines_of(pack)
         again = f"run `vivace export tensorrt {pack.path}` on this machine"
         try:
             job = json.loads((folder / JOB).read_text())
             data = (folder / f"{graph.name}.engine").read_bytes()
         except (OSError, ValueError):
             raise BackendError(f"{folder}: there is no engine of {graph.name}; {again}") from None
-        if job.get("pack") != pack.manifest.plan:
+        if job.get("pack") != pack.digest:
             raise PackError(f"{folder}: its engines are of another pack; {again}")
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
