@@ -142,3 +142,15 @@ def test_both_commands_run_without_torch_and_onnx(made, tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)
     assert out.exists()
+
+
+def test_no_module_of_the_package_hides_its_entry_points():
+    from importlib import import_module
+    from pathlib import Path
+
+    import vivace.cli as package
+
+    modules = {path.stem for path in Path(package.__file__).parent.glob("*.py")} - {"__init__"}
+    assert not modules & {"run", "main", "app"}
+    import_module("vivace.cli.run_pack")
+    assert callable(package.run) and callable(package.main)

@@ -102,7 +102,7 @@ def run_pack(
     as_json: Json = False,
 ) -> None:
     """Pictures by an exported pack, without torch: the whole loop, its caches, guards and noise."""
-    from vivace.cli.run import run_prompts
+    from vivace.cli.run_pack import run_prompts
 
     asked: dict[str, Any] = {"n": n, "seed": seed, "guidance": guidance, "out": out, "scale": scale, "image": image}
     data, text = run_prompts(pack, prompts, **asked, backend=backend, threads=threads, check=check)
@@ -119,7 +119,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Is a pack whole, and does it do here what it did where it was made? Its goldens, row by row; 1 if it deviates."""
-    from vivace.cli.verify import verify_folder
+    from vivace.cli.verify_pack import verify_folder
 
     data, text, holds = verify_folder(pack, backend=backend, threads=threads)
     emit(data, text, as_json)
