@@ -159,7 +159,7 @@ def test_forecasts_read_weights_on_planes():
 def test_any_number_of_tokens_can_be_active(name):
     pack = pack_of(name)
     (graph,) = [graph for graph in pack.manifest.graphs if graph.structure and graph.structure.tokens]
-    outs = [run(pack, graph, active) for active in (2, 5, 16)]
+    outs = [run_active(pack, graph, active) for active in (2, 5, 16)]
     assert all(np.isfinite(out).all() for out in outs)
     assert {out.shape for out in outs} == {(1, 4, 8, 8)}
 
